@@ -1,0 +1,1 @@
+"""Scoring of language models: commonsense suites through lm-eval, and perplexity."""

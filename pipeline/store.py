@@ -1,0 +1,232 @@
+"""Where results live: one folder per key, which appears whole or not at all.
+
+<store>/<stage>/<key16>/               finished; manifest.json is written last
+<store>/.work/<stage>-<key16>/out      what a builder writes; starts empty
+<store>/.work/<stage>-<key16>/scratch  training checkpoints; outlives a failure
+<store>/.locks/<stage>-<key16>         freed by the kernel when the process dies
+<store>/.roots/<digest>.json           which run folder uses which artifacts (for `gc`)
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import ConfigError, StageError
+from pipeline.keys import KEY_LENGTH, digest, file_digest
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished result: its stage, its key's first 16 digits, its folder and its manifest."""
+
+    stage: str
+    key: str
+    path: Path
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a builder is given: `out` becomes the artifact, `scratch` survives a failure."""
+
+    out: Path
+    scratch: Path
+
+
+class Store:
+    """Artifacts under one root folder, shared safely by several processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key[:KEY_LENGTH]
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact of this key, or None."""
+        folder = self.folder(stage, key)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return Artifact(stage, key[:KEY_LENGTH], folder, manifest)
+
+    def build(
+        self,
+        stage: str,
+        material: dict[str, Any],
+        builder: Callable[[Workspace], dict[str, Any]],
+        *,
+        force: bool = False,
+        waiting: Callable[[str], None] = lambda message: None,
+    ) -> tuple[Artifact, str]:
+        """The artifact whose key is the digest of `material`, and how it came: cached, built or resumed.
+
+        `builder` fills `workspace.out` and returns what the manifest shall say besides. If it raises, nothing
+        appears in the store; its scratch stays for the next try. A second process waits for the first one's result.
+        """
+        key = digest(material)
+        if not force and (found := self.find(stage, key)):
+            return found, "cached"
+        name = f"{stage}-{key[:KEY_LENGTH]}"
+        with self._lock(name, waiting):
+            if not force and (found := self.find(stage, key)):
+                return found, "cached"
+            work = self.root / ".work" / name
+            workspace = Workspace(work / "out", work / "scratch")
+            if force:
+                shutil.rmtree(workspace.scratch, ignore_errors=True)
+            status = "resumed" if workspace.scratch.is_dir() and any(workspace.scratch.iterdir()) else "built"
+            shutil.rmtree(workspace.out, ignore_errors=True)
+            workspace.out.mkdir(parents=True)
+            workspace.scratch.mkdir(parents=True, exist_ok=True)
+            started = time.time()
+            try:
+                extra = builder(workspace)
+            except BaseException:
+                shutil.rmtree(workspace.out, ignore_errors=True)
+                if not any(workspace.scratch.iterdir()):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+            manifest = {
+                "stage": stage,
+                "key": key,
+                "material": material,
+                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "seconds": round(time.time() - started, 3),
+                **extra,
+                "files": _file_list(workspace.out),
+            }
+            self._publish(workspace.out, self.folder(stage, key), manifest)
+            shutil.rmtree(work, ignore_errors=True)
+        return Artifact(stage, key[:KEY_LENGTH], self.folder(stage, key), manifest), status
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every finished artifact, by stage and key."""
+        for manifest in sorted(self.root.glob(f"[!.]*/*/{MANIFEST}")):
+            folder = manifest.parent
+            yield Artifact(folder.parent.name, folder.name, folder, json.loads(manifest.read_text(encoding="utf-8")))
+
+    def by_key(self, prefix: str) -> Artifact:
+        """The one artifact whose key begins with `prefix` (at least 4 digits). Raises ConfigError otherwise."""
+        found = [artifact for artifact in self.artifacts() if artifact.key.startswith(prefix[:KEY_LENGTH])]
+        if len(prefix) < 4 or len(found) != 1:
+            reason = "is too short" if len(prefix) < 4 else f"fits {len(found)} artifacts"
+            raise ConfigError(f"key {prefix!r} {reason} in {self.root}; `regrow plan CONFIG` shows the keys")
+        return found[0]
+
+    def verify(self, artifact: Artifact) -> list[str]:
+        """What is wrong with an artifact's files: missing, changed or unlisted. Empty when all is well."""
+        listed: dict[str, dict[str, Any]] = artifact.manifest["files"]
+        present = {path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if path.is_file()}
+        problems = [f"{name}: missing" for name in sorted(listed.keys() - present)]
+        problems += [f"{name}: not in the manifest" for name in sorted(present - listed.keys() - {MANIFEST})]
+        problems += [
+            f"{name}: changed since it was built"
+            for name in sorted(listed.keys() & present)
+            if file_digest(artifact.path / name) != listed[name]["sha256"]
+        ]
+        return problems
+
+    def keep(self, run_folder: Path, used: Iterable[str]) -> None:
+        """Record the artifacts (`stage/key16`) of a run: `gc` keeps them for as long as the run's folder exists."""
+        root = self.root / ".roots" / f"{digest(str(run_folder.absolute()))[:KEY_LENGTH]}.json"
+        record = {"run": str(run_folder.absolute()), "artifacts": sorted(set(used))}
+        if not root.is_file() or json.loads(root.read_text(encoding="utf-8")) != record:
+            write_text(root, json.dumps(record, indent=1))
+
+    def collect(self, dry_run: bool) -> list[tuple[Path, int]]:
+        """Remove what no existing run folder uses, and work left by processes that died. Returns (folder, bytes)."""
+        used: set[str] = set()
+        for root in sorted((self.root / ".roots").glob("*.json")):
+            record = json.loads(root.read_text(encoding="utf-8"))
+            if Path(record["run"]).is_dir():
+                used.update(record["artifacts"])
+            elif not dry_run:
+                root.unlink()
+        unused = [a.path for a in self.artifacts() if f"{a.stage}/{a.key}" not in used]
+        removed: list[tuple[Path, int]] = []
+        for folder in [*unused, *sorted((self.root / ".work").glob("*"))]:
+            name = folder.name if folder.parent.name == ".work" else f"{folder.parent.name}-{folder.name}"
+            with self._lock(name, None) as free:
+                if not free:
+                    continue
+                removed.append((folder, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())))
+                if not dry_run:
+                    # The manifest goes first: a folder half removed must not look finished.
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                    shutil.rmtree(folder)
+        return removed
+
+    @contextmanager
+    def _lock(self, name: str, waiting: Callable[[str], None] | None) -> Generator[bool]:
+        """Hold the lock `name`; yields False at once when it is taken and there is no `waiting` to tell."""
+        path = self.root / ".locks" / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = "name another folder with --store"
+            raise ConfigError(f"store {self.root}: cannot be written ({error.strerror}); {remedy}") from error
+        lock, owner = FileLock(path), path.with_name(f"{name}.owner")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is None:
+                yield False
+                return
+            who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+            waiting(f"{name} is being built by {who}: waiting for its result")
+            lock.acquire()
+        try:
+            write_text(owner, f"process {os.getpid()}")
+            yield True
+        finally:
+            lock.release()
+
+    def _publish(self, out: Path, folder: Path, manifest: dict[str, Any]) -> None:
+        write_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        _sync(out)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            old = self.root / ".work" / f"replaced-{folder.parent.name}-{folder.name}-{os.getpid()}"
+            folder.rename(old)
+            shutil.rmtree(old)
+        try:
+            out.rename(folder)
+        except OSError as error:
+            raise StageError(f"{folder}: the finished result could not be moved here ({error.strerror})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _file_list(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in files
+    }
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

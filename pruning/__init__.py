@@ -1,0 +1,1 @@
+"""Structured pruning of LLaMA-family models: structures, criteria, allocation, surgery, checkpoints."""

@@ -1,0 +1,1 @@
+"""Recovery of a pruned model: adapters, packed training data, the trainer and the merge."""
