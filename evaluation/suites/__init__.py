@@ -1,0 +1,84 @@
+"""The suites: one YAML each, which names lm-eval's own task (`task`, `folder`) or holds a task config (`config`).
+
+Importing this costs no torch and no lm-eval: names, metrics and row checks are needed before anything is scored.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+FOLDER = Path(__file__).parent
+TYPES = {"str": str, "int": int, "list": list, "choices": dict}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One benchmark under one protocol.
+
+    `identity` names the row fields by which a question is recognised in another file (each by itself, or
+    `identity_joined` as one text); data files are cut in halves by the first one. `fields` gives the row schema.
+    """
+
+    name: str
+    metric: Literal["acc", "acc_norm"]
+    identity: tuple[str, ...]
+    fields: dict[str, str]
+    task: str = ""
+    folder: str = ""
+    hub: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    identity_joined: bool = False
+    protocol: str = "A"
+
+    def identities(self, row: dict[str, Any]) -> list[str]:
+        """The texts that identify a row; two rows that share one are the same question or passage."""
+        texts = [str(row[name]) for name in self.identity]
+        return [" ".join(texts)] if self.identity_joined else texts
+
+
+@cache
+def names() -> list[str]:
+    """Every suite, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@cache
+def load(name: str) -> Suite:
+    """The suite of this name. Raises ValueError naming the nearest one there is."""
+    if name not in names():
+        near = get_close_matches(name, names(), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"no suite is called {name!r}{hint}; there are {', '.join(names())}")
+    said = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return Suite(name=name, **{**said, "identity": tuple(said["identity"])})
+
+
+def check_rows(suite: Suite, rows: list[dict[str, Any]], place: str) -> None:
+    """Raise ValueError at the first row that lacks a field, has a wrong type or an empty choice."""
+    for number, row in enumerate(rows, start=1):
+        for name, kind in suite.fields.items():
+            problem = _field_problem(row, name, kind)
+            if problem:
+                raise ValueError(f"{place}: row {number}: {problem}; {suite.name} rows have {suite.fields}")
+
+
+def _field_problem(row: dict[str, Any], name: str, kind: str) -> str:
+    if name not in row:
+        return f"field {name!r} is missing"
+    value = row[name]
+    if not isinstance(value, TYPES[kind]):
+        return f"field {name!r} is a {type(value).__name__}, not {'a mapping' if kind == 'choices' else kind}"
+    options: list[Any] = []
+    if kind == "choices":
+        options = value.get("text") or []
+        if not options or len(options) != len(value.get("label") or []):
+            return f"field {name!r} needs as many `text` as `label` entries"
+    elif kind == "list":
+        options = value
+    if any(not str(option).strip() for option in options):
+        return f"field {name!r} has an empty choice"
+    return ""
