@@ -1,0 +1,248 @@
+"""The `regrow` command: results to stdout, progress to stderr.
+
+Exit codes: 0 done, 1 a stage failed, 2 usage or config, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import RegrowError
+
+STAGES = ("prune", "recover", "merge", "evaluate")
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """Turns our errors into a message and an exit code, and Ctrl-C into a promise that is kept."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RegrowError as error:
+            click.echo(f"regrow: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("regrow: interrupted; the same command goes on where it stopped", err=True)
+            ctx.exit(130)
+
+
+def _options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.argument("config", type=click.Path(path_type=Path)),
+            click.option(
+                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML)."
+            ),
+            _store_option,
+            click.option(
+                "--runs",
+                type=click.Path(path_type=Path),
+                default=Path("runs"),
+                show_default=True,
+                help="Where run folders go.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+_store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default=Path("store"),
+    show_default=True,
+    envvar="REGROW_STORE",
+    help="Where results are cached.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="regrow")
+def main() -> None:
+    """Prune a LLaMA-family model, win the lost accuracy back, and score every step. Every stage is cached."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are enough
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _run(
+    config: Path,
+    overrides: tuple[str, ...],
+    store: Path,
+    runs: Path,
+    last: str | None,
+    force: str | None,
+    as_json: bool,
+) -> None:
+    from pipeline import report
+    from pipeline.console import out
+    from pipeline.run import execute
+
+    results = execute(_open(config, overrides, store, runs), last, force)
+    if as_json:
+        click.echo(report.as_text(results))
+        return
+    console = out()
+    if scores := report.score_rows(results):
+        console.print(report.table(scores, results["name"]))
+    console.print(report.table(report.stage_rows(results)))
+    console.print(f"{runs / results['name']}: report.md, results.json, artifacts/", markup=False)
+
+
+def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> Any:
+    from pipeline import config_file
+    from pipeline.console import Reporter
+    from pipeline.run import Run
+    from pipeline.store import Store
+
+    raw = config_file.read(config, overrides)
+    checked = config_file.check(raw, str(config))
+    return Run(checked, raw, Store(store), runs / checked.name, Reporter())
+
+
+@main.command("run")
+@_options
+@click.option("--until", "last", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option("--force", type=click.Choice(STAGES), help="Rebuild this stage and what rests on it.")
+@_json_option
+def run_command(last: str | None, force: str | None, **options: Any) -> None:
+    """Run a config: build what is missing, show the table."""
+    _run(last=last, force=force, **options)
+
+
+def _stage_command(stage: str, help_text: str) -> None:
+    @main.command(stage, help=help_text)
+    @_options
+    @click.option("--force", is_flag=True, help="Rebuild this stage.")
+    @_json_option
+    def command(force: bool, **options: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        _run(last=stage, force=stage if force else None, **options)
+
+
+_stage_command("prune", "Run a config up to the pruned model.")
+_stage_command("recover", "Run a config up to the trained adapter.")
+_stage_command("merge", "Run a config up to the merged model.")
+_stage_command("evaluate", "Run a config up to the scores of every model.")
+
+
+@main.command("plan")
+@_options
+@_json_option
+def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Path, as_json: bool) -> None:
+    """Show what a run would build and what is cached, and why."""
+    from pipeline.console import out
+    from pipeline.plan import plan
+    from pipeline.report import table
+    from pipeline.steps import steps_of
+
+    run = _open(config, overrides, store, runs)
+    planned = plan(steps_of(run.config, run.sources()), run.store, run.folder)
+    if as_json:
+        click.echo(json.dumps({"name": run.config.name, "steps": [item.as_json() for item in planned]}, indent=1))
+        return
+    rows = [["step", "key", "status", "why"]]
+    rows += [[item.step.label, item.step.key, item.status, item.why] for item in planned]
+    out().print(table(rows, run.config.name))
+
+
+@main.command("report")
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML).")
+@_store_option
+@click.option("--format", "form", type=click.Choice(["md", "json"]), default="md", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here instead of stdout.")
+def report_command(
+    configs: tuple[Path, ...], overrides: tuple[str, ...], store: Path, form: str, output: Path | None
+) -> None:
+    """Report finished runs from the store, without building anything."""
+    from pipeline import report
+    from pipeline.steps import steps_of
+
+    found: list[dict[str, Any]] = []
+    for config in configs:
+        run = _open(config, overrides, store, Path("runs"))
+        found.append(report.collect(run.config, steps_of(run.config, run.sources()), run.store, {}))
+    if form == "json":
+        text = json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False) + "\n"
+    else:
+        text = "\n".join(report.markdown(results) for results in found)
+    if output:
+        output.write_text(text, encoding="utf-8")
+    else:
+        click.echo(text, nl=False)
+
+
+@main.command("methods")
+@_json_option
+def methods_command(as_json: bool) -> None:
+    """List criteria, adapters and suites with one line each."""
+    from evaluation import suites
+    from pruning import criteria
+    from recovery import adapters
+
+    found = {
+        kind: {name: (registry.load(name).__doc__ or "").strip().splitlines()[0] for name in registry.names()}
+        for kind, registry in (("criteria", criteria), ("adapters", adapters))
+    }
+    found["suites"] = {
+        name: f"{suites.load(name).metric}, protocol {suites.load(name).protocol}" for name in suites.names()
+    }
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for kind, methods in found.items():
+        click.echo(f"{kind}:")
+        width = max(map(len, methods))
+        for name, line in methods.items():
+            click.echo(f"  {name:{width}}  {line}")
+
+
+@main.command("show")
+@click.argument("key")
+@_store_option
+def show_command(key: str, store: Path) -> None:
+    """Print an artifact's manifest: what made it, from what, and its files."""
+    from pipeline.store import Store
+
+    artifact = Store(store).by_key(key)
+    click.echo(json.dumps({"path": str(artifact.path), **artifact.manifest}, indent=1, ensure_ascii=False))
+
+
+@main.command("verify")
+@click.argument("key", required=False)
+@_store_option
+def verify_command(key: str | None, store: Path) -> None:
+    """Check the files of one artifact, or of all, against their manifests."""
+    from pipeline.store import Store
+
+    shelf = Store(store)
+    artifacts = [shelf.by_key(key)] if key else list(shelf.artifacts())
+    bad = 0
+    for artifact in artifacts:
+        problems = shelf.verify(artifact)
+        bad += bool(problems)
+        for problem in problems:
+            click.echo(f"{artifact.stage}/{artifact.key}: {problem}")
+    click.echo(f"{len(artifacts)} artifacts, {bad} damaged")
+    sys.exit(1 if bad else 0)
+
+
+@main.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@_store_option
+def gc_command(dry_run: bool, store: Path) -> None:
+    """Remove what no run folder uses any more, and what dead processes left behind."""
+    from pipeline.store import Store
+
+    removed = Store(store).collect(dry_run)
+    for folder, size in removed:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size / 1e6:.1f} MB)")
+    click.echo(f"{len(removed)} folders, {sum(size for _, size in removed) / 1e6:.1f} MB")

@@ -1,0 +1,73 @@
+"""What a run would do: for every step, whether its result is there, and if not, what changed since the last run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.keys import differences
+from pipeline.report import read_results
+from pipeline.steps import STAGES, Step
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, whether it is `cached` or to `build`, and why."""
+
+    step: Step
+    status: str
+    why: str
+
+    def as_json(self) -> dict[str, Any]:
+        step = self.step
+        scored = step.scored.name if step.scored else None
+        place = {"stage": step.stage, "model": step.model, "suite": scored, "key": step.key}
+        return {**place, "status": self.status, "why": self.why}
+
+
+def plan(steps: list[Step], store: Store, run_folder: Path, force: str | None = None) -> list[Planned]:
+    """Look every step up. `force` names a stage that is rebuilt, and all that rests on it."""
+    previous = {label_of(entry): entry["key"] for entry in read_results(run_folder).get("stages", [])}
+    planned: list[Planned] = []
+    forced: set[str] = set()
+    for step in steps:
+        rests_on = [inner.label for inner in step.inputs if inner.key in forced]
+        if step.stage == force or rests_on:
+            forced.add(step.key)
+            planned.append(Planned(step, "build", f"--force {force}"))
+        elif store.find(step.stage, step.key):
+            planned.append(Planned(step, "cached", ""))
+        else:
+            planned.append(Planned(step, "build", _why(step, store, previous.get(step.label))))
+    return planned
+
+
+def until(steps: list[Step], stage: str | None) -> list[Step]:
+    """The steps up to and including a stage; `evaluate`, the last one, means all."""
+    if stage is None:
+        return steps
+    return [step for step in steps if STAGES.index(step.stage) <= STAGES.index(stage)]
+
+
+def label_of(entry: dict[str, Any]) -> str:
+    """A `results.json` stage entry's label, as `Step.label` writes it."""
+    return f"evaluate {entry['model']} {entry['suite']}" if entry.get("suite") else entry["stage"]
+
+
+def _why(step: Step, store: Store, old_key: str | None) -> str:
+    if old_key is None:
+        return "not built yet"
+    if old_key == step.key:
+        return "its result was removed from the store"
+    old = store.find(step.stage, old_key)
+    if old is None:
+        return "its settings changed"
+    names = {"base": "the model it starts from", "model": "the model it scores", "adapter": "the adapter"}
+    changed: list[str] = []
+    for name in sorted(old.manifest["material"].keys() | step.material.keys()):
+        before, after = old.manifest["material"].get(name), step.material.get(name)
+        if before == after:
+            continue
+        made_before = name in names and isinstance(before, str)
+        changed += [f"{names[name]} changed"] if made_before else differences(before, after, name)
+    return "; ".join(changed)

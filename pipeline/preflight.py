@@ -1,0 +1,73 @@
+"""Everything that can be found wrong before work begins: sources, the model's kind, rows, leaks.
+
+A failure here costs seconds and leaves nothing behind; the same failure an hour into a run would cost the hour.
+"""
+
+import json
+from collections import defaultdict
+
+from evaluation import suites
+from evaluation.suites import check_rows
+from pipeline import rows
+from pipeline.config import PerplexityConfig, RowsConfig, RunConfig, SuiteConfig
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources import Sources
+from pipeline.steps import Step
+from pruning.config import SERVED
+
+
+def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
+    """Fetch and read every input of the missing steps. Raises ConfigError or SourceError."""
+    check_model(config, sources)
+    scored = [step.scored for step in missing if step.scored]
+    stages = {step.stage for step in missing}
+    if "prune" in stages and config.calibration:
+        rows.texts(sources, config.calibration)
+    if stages & {"recover", "merge"}:
+        for index, part in enumerate(config.data):
+            if not _train_texts(sources, part):
+                raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")
+    for part in dict.fromkeys(scored):
+        if isinstance(part, PerplexityConfig):
+            if not rows.texts(sources, part):
+                raise SourceError(f"evaluation.perplexity: {part.source}: no text to score")
+        elif local := part.rows():
+            check_rows(suites.load(part.name), rows.read_rows(sources, local), part.source or "")
+    check_leaks(config, sources)
+
+
+def check_model(config: RunConfig, sources: Sources) -> None:
+    """Refuse a model that is not LLaMA-like by what its config.json says."""
+    folder = sources.model_folder(config.model.source)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names: list[str] = said.get("architectures") or []
+    if not set(names) & set(SERVED):
+        found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
+        raise ConfigError(f"model.source: {config.model.source} is {found}; regrow serves {', '.join(SERVED)}")
+
+
+def check_leaks(config: RunConfig, sources: Sources) -> None:
+    """Refuse to train or calibrate on what is scored: the same question or passage in local rows of one suite."""
+    marks: dict[str, set[str]] = defaultdict(set)
+    for part in (*config.evaluation.suites, *config.evaluation.perplexity):
+        local = part.rows() if isinstance(part, SuiteConfig) else part
+        if local and local.suite:
+            marks[local.suite].update(_marks(sources, local))
+    named: list[tuple[str, RowsConfig]] = [(f"recovery.data.{n}", part) for n, part in enumerate(config.data)]
+    if config.calibration:
+        named.append(("pruning.calibration", config.calibration))
+    for place, part in named:
+        if part.suite and (both := marks[part.suite] & _marks(sources, part)):
+            remedy = "set `half` on both sides, or `exclude` the scored file"
+            raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
+
+
+def _marks(sources: Sources, part: RowsConfig) -> set[str]:
+    suite = suites.load(part.suite or "")
+    return {mark for row in rows.read_rows(sources, part) for mark in rows.identities(suite, row)}
+
+
+def _train_texts(sources: Sources, part: RowsConfig) -> bool:
+    if part.field or part.format == "text":
+        return bool(rows.texts(sources, part))
+    return bool(rows.read_rows(sources, part))

