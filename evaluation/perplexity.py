@@ -29,9 +29,7 @@ def perplexity(
     count = len(ids if tokens is None else ids[:tokens]) // window
     if count == 0:
         have = len(ids) if tokens is None else min(tokens, len(ids))
-        raise ValueError(
-            f"perplexity: {have} tokens to score, the window is {window}: give more text or a shorter window"
-        )
+        raise ValueError(f"{have} tokens to score make no window of {window}: give more text or a shorter window")
     windows = ids[: count * window].view(count, window).to(model.device)
     total, batch = 0.0, max(1, ROWS // window)
     for start in range(0, count, batch):

@@ -194,9 +194,8 @@ class Sources:
                 )
             found = file_digest(wheels[0])
             if found != material["sha256"]:
-                raise SourceError(
-                    f"{source.spec}: the wheel's sha256 is {found}, the config expects {material['sha256']}"
-                )
+                said = f"the config's checksums say {material['sha256']}"
+                raise SourceError(f"{source.spec}: the wheel's sha256 is {found}, {said}")
             return {"wheel": wheels[0].name}
 
         artifact = self._build(material, download)

@@ -123,7 +123,11 @@ class Runner:
             result = outcome.metrics
             lines = (json.dumps(item, ensure_ascii=False) for item in outcome.items)
             (workspace.out / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        size = {"parameters": model.num_parameters(), "bytes": weight_bytes(folder)}
+        parameters = list(model.parameters())  # tied ones once
+        size = {
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        }
         (workspace.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return {"report": result, "model": size}
 
@@ -146,8 +150,3 @@ def device(name: str) -> str:
     if name.startswith("cuda") and not cuda:
         raise ConfigError(f"runtime.device: {name}: torch {torch.__version__} sees no GPU here; set it to auto or cpu")
     return name
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a model folder's safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,245 @@
+"""The command, end to end, on a tiny random model: statuses, caching, output, errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from pipeline.cli import main
+from pipeline.plan import label_of
+from pruning import checkpoint
+
+TEXTS = [f"the {a} {b} sees a {c} near the {d}" for a in ["red", "blue"] for b in ["cat", "dog"]
+         for c in ["bird", "tree", "house"] for d in ["river", "road"]]  # fmt: skip
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"path:{path}"
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data and `run.yaml`, which is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tiny_model, tiny_tokenizer, tmp_path / "dense")
+    text = lines(tmp_path / "text.jsonl", [{"text": text} for text in TEXTS])
+    rows = [{"goal": f"goal {n}", "sol1": "push it", "sol2": "eat it", "label": n % 2} for n in range(12)]
+    config = {
+        "name": "small",
+        "model": {"source": f"path:{tmp_path}/dense", "dtype": "float32"},
+        "pruning": {
+            "method": "llm_pruner",
+            "ratio": 0.1,
+            "calibration": {"source": text, "field": "text", "samples": 4, "length": 12},
+        },
+        "recovery": {
+            "adapter": {"method": "rora", "rank": 4, "alpha": 4},
+            "tokens": 512,
+            "batch_tokens": 128,
+            "max_length": 64,
+            "data": [{"source": text, "field": "text"}],
+        },
+        "evaluation": {
+            "suites": [{"name": "piqa", "source": lines(tmp_path / "piqa.jsonl", rows)}],
+            "perplexity": [{"name": "text", "source": text, "field": "text", "window": 32}],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def regrow(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words))
+
+
+def run(*words: str) -> dict[str, Any]:
+    result = regrow("run", "run.yaml", "--json", *words)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def statuses(results: dict[str, Any]) -> dict[str, str]:
+    return {label_of(entry): entry["status"] for entry in results["stages"]}
+
+
+def test_a_run_builds_every_stage_and_its_results_follow_the_contract(world: Path):
+    results = run()
+    assert set(statuses(results).values()) == {"built"}
+    assert list(results["models"]) == ["dense", "pruned", "recovered"]
+    dense, pruned, recovered = results["models"].values()
+    assert results["schema"] == 1
+    assert pruned["parameters"] == recovered["parameters"] < dense["parameters"]
+    for model in results["models"].values():
+        piqa = model["suites"]["piqa"]
+        assert {"protocol", "n", "acc", "acc_stderr", "acc_norm", "gold_logprob"} <= piqa.keys()
+        assert (piqa["protocol"], piqa["n"]) == ("A", 12)
+        assert model["average"] == piqa["acc"]
+        assert model["perplexity"]["text"] > 1
+    for entry in results["stages"]:
+        assert entry["seconds"] >= 0
+        assert entry["peak_memory_bytes"] > 0
+        assert Path(entry["path"]).is_dir()
+
+    assert json.loads((world / "runs/small/results.json").read_text()) == results
+    report = (world / "runs/small/report.md").read_text()
+    assert "| parameters |" in report
+    assert "| piqa (acc) |" in report
+    artifacts = world / "runs/small/artifacts"
+    assert (artifacts / "prune/structures.json").is_file()
+    assert (artifacts / "merge/model/model.safetensors").is_file()
+    assert len((artifacts / "evaluate-pruned-piqa/items.jsonl").read_text().splitlines()) == 12
+    manifest = json.loads((artifacts / "merge/manifest.json").read_text())
+    assert manifest["report"]["largest_logit_difference"] < 1e-4
+    assert manifest["provenance"]["versions"]["torch"]
+
+
+def test_a_second_run_is_all_cached_and_never_imports_torch(world: Path):
+    first = run()
+    code = (
+        "import sys, time; start = time.monotonic()\n"
+        "from pipeline.cli import main\n"
+        "main(['run', 'run.yaml', '--json'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    root = str(Path(__file__).parents[2])
+    again = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{code}"],
+                           capture_output=True, text=True)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    second = json.loads(again.stdout)
+    assert set(statuses(second).values()) == {"cached"}
+    assert second["models"] == first["models"]
+    help_text = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\nfrom pipeline.cli import main\n"
+         "try: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert help_text.returncode == 0
+    assert "Usage" in help_text.stdout
+
+
+def test_another_rank_keeps_the_pruned_model_and_the_dense_and_pruned_scores(world: Path):
+    run()
+    plan = json.loads(regrow("plan", "run.yaml", "--json", "--set", "recovery.adapter.rank=2").stdout)
+    whys = {(step["stage"], step["model"]): step["why"] for step in plan["steps"] if step["status"] == "build"}
+    assert whys["recover", "pruned"] == "config.adapter.rank: 4 -> 2"
+    assert whys["merge", "pruned"] == "the adapter changed"
+    found = statuses(run("--set", "recovery.adapter.rank=2"))
+    built = {label for label, status in found.items() if status == "built"}
+    assert built == {"recover", "merge", "evaluate recovered piqa", "evaluate recovered text"}
+
+
+def test_until_and_force(world: Path):
+    assert set(statuses(run("--until", "recover"))) == {"prune", "recover"}
+    assert json.loads(regrow("prune", "run.yaml", "--json").stdout)["stages"][0]["status"] == "cached"
+    run()
+    forced = {label for label, status in statuses(run("--force", "merge")).items() if status == "built"}
+    assert forced == {"merge", "evaluate recovered piqa", "evaluate recovered text"}
+
+
+def test_show_verify_report_and_gc(world: Path):
+    results = run()
+    key = results["stages"][0]["key"]
+    assert json.loads(regrow("show", key).stdout)["material"]["config"]["ratio"] == 0.1
+    assert "0 damaged" in regrow("verify").stdout
+    assert regrow("report", "run.yaml", "--format", "json").exit_code == 0
+    assert "| piqa (acc) |" in regrow("report", "run.yaml").stdout
+
+    model = next((world / "store/prune").glob("*/model/config.json"))
+    model.write_text(model.read_text() + " ")
+    damaged = regrow("verify", key)
+    assert damaged.exit_code == 1
+    assert "model/config.json: changed since it was built" in damaged.stdout
+
+    run("--set", "recovery.adapter.rank=2")  # the run folder now shows rank 2; rank 4's adapter is free to go
+    would = regrow("gc", "--dry-run").stdout
+    assert "would remove" in would
+    gone = [line for line in regrow("gc").stdout.splitlines() if line.startswith("removed")]
+    assert len(gone) == 4
+    assert set(statuses(run("--set", "recovery.adapter.rank=2")).values()) == {"cached"}
+
+
+def test_methods_are_listed_with_a_line_each():
+    found = json.loads(regrow("methods", "--json").stdout)
+    assert {"llm_pruner", "random"} <= set(found["criteria"])
+    assert {"lora", "rora", "dora", "randlora"} <= set(found["adapters"])
+    assert "piqa" in found["suites"]
+    assert all(line for kind in found.values() for line in kind.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pruning.ratio=1.2", "pruning.ratio: Input should be less than 1"),
+        ("model.source=path:nowhere", "no such file or folder"),
+        ("evaluation.suites.0.source=path:nowhere.jsonl", "no such file or folder"),
+        ("evaluation.suites.0.name=piqua", "did you mean 'piqa'"),
+        ("recovery.data.0.field=txt", "has no text field 'txt'"),
+        ("runtime.device=cuda", "sees no GPU here"),
+        ("pruning.calibration.length=500", "holds 0 windows of 500 tokens, 4 are asked for"),
+        ("recovery.adapter.targets=[qproj]", "no linear layer is called 'qproj'"),
+    ],
+)
+def test_bad_input_is_told_before_any_work_and_leaves_nothing(world: Path, override: str, message: str):
+    result = regrow("run", "run.yaml", "--set", override)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    late = "windows of" in message or "linear layer" in message  # only the tokenizer, or the model, can tell
+    assert result.exit_code == (1 if late else 2)
+    if not late:
+        assert not list((world / "store").glob("[!.]*"))
+        assert not (world / "runs").exists()
+    assert not list((world / "store" / ".work").glob("*"))
+
+
+def test_a_model_that_is_not_llama_like_is_refused_before_any_work(world: Path, tiny_tokenizer: Any):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=260)).save_pretrained(world / "gpt2")
+    tiny_tokenizer.save_pretrained(world / "gpt2")
+    result = regrow("run", "run.yaml", "--set", f"model.source=path:{world}/gpt2")
+    assert result.exit_code == 2
+    assert "is GPT2LMHeadModel; regrow serves LlamaForCausalLM" in result.stderr
+    assert not list((world / "store").glob("[!.]*"))
+
+
+def test_training_on_a_scored_question_is_refused(world: Path):
+    data = f"[{{source: 'path:{world}/piqa.jsonl', suite: piqa}}]"
+    result = regrow("run", "run.yaml", "--set", f"recovery.data={data}")
+    assert result.exit_code == 2
+    assert "12 questions or texts of piqa are also scored" in result.stderr
+    halved = regrow(
+        "run", "run.yaml", "--until", "recover", "--set", f"recovery.data={data[:-2]}, half: recovery}}]",
+        "--set", "evaluation.suites.0.half=scored", "--set", "recovery.tokens=256",
+    )  # fmt: skip
+    assert halved.exit_code == 0, halved.output
+
+
+def test_a_failed_stage_exits_with_1_and_its_finished_neighbours_stay(world: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("the loss is nan at step 3")
+
+    import pipeline.stages
+
+    monkeypatch.setattr(pipeline.stages, "train", fail)
+    result = regrow("run", "run.yaml")
+    assert result.exit_code == 1
+    assert "recover failed: the loss is nan at step 3" in result.stderr
+    assert "Traceback" not in result.output
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    assert statuses(run())["prune"] == "cached"
+
+
+def test_dense_models_can_be_recovered_without_pruning(world: Path):
+    config = yaml.safe_load((world / "run.yaml").read_text())
+    del config["pruning"]
+    (world / "run.yaml").write_text(yaml.safe_dump(config))
+    results = run()
+    assert list(results["models"]) == ["dense", "recovered"]
+    assert "prune" not in statuses(results)
