@@ -54,5 +54,5 @@ def requests(task: ConfigurableTask) -> Iterator[tuple[dict[str, Any], list[tupl
     """Every item with its (context, continuation) pairs, one a choice, as lm-eval asks them (zero-shot)."""
     for number, doc in task.doc_iterator():
         context = task.fewshot_context(doc, num_fewshot=0)
-        built = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, number, 1))
-        yield doc, [cast("tuple[str, str]", instance.args) for instance in built]
+        built: Any = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, number, 1))
+        yield doc, [instance.args for instance in built]

@@ -151,19 +151,20 @@ def _override(data: dict[str, Any], text: str) -> None:
     parts = path.split(".")
     for index, part in enumerate(parts):
         last, place = index == len(parts) - 1, ".".join(parts[: index + 1])
+        step: Any = part
         if isinstance(current, list):
-            items = cast("list[Any]", current)
-            if not part.isdecimal() or int(part) >= len(items):
-                raise ConfigError(f"--set {text}: {place}: this is a list of {len(items)} items, counted from 0")
-            part = int(part)
+            count = len(cast("list[Any]", current))
+            if not part.isdecimal() or int(part) >= count:
+                raise ConfigError(f"--set {text}: {place}: this is a list of {count} items, counted from 0")
+            step = int(part)
         elif not isinstance(current, dict):
             raise ConfigError(f"--set {text}: {'.'.join(parts[:index])} is a single value, it has no key {part!r}")
         elif part not in current and not last:
             current[part] = {}
         if last:
-            current[part] = parsed
+            current[step] = parsed
         else:
-            current = current[part]
+            current = current[step]
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

@@ -1,6 +1,7 @@
 """GGUF to an ordinary Hugging Face folder: weights dequantized to float32, tokenizer, generation config."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import SourceError
 
@@ -15,7 +16,7 @@ def dequantize(file: Path, folder: Path) -> None:
 
     where, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except (ValueError, KeyError, OSError) as error:
         raise SourceError(f"{name}: transformers cannot read this GGUF file: {error}") from error

@@ -72,7 +72,7 @@ def peak_memory() -> Generator[dict[str, int]]:
     """Measure a block: fills `peak_memory_bytes` (resident, whole process) and, with a GPU, `peak_gpu_bytes`."""
     measured: dict[str, int] = {}
     _reset_peak()
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     gpu = torch is not None and torch.cuda.is_available()
     if gpu:
         torch.cuda.reset_peak_memory_stats()

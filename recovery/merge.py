@@ -1,9 +1,7 @@
 """Merging: the adapters' deltas go into the weights, in float32, and are cast once."""
 
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from recovery.inject import adapted
@@ -25,7 +23,7 @@ def merge(model: PreTrainedModel, input_ids: Tensor | None = None) -> tuple[PreT
         linear = module.linear
         linear.weight.data = (linear.weight.data.float() + module.delta()).to(linear.weight.dtype)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, cast("nn.Linear", linear))
+        setattr(model.get_submodule(parent), child, linear)
     if before is None or input_ids is None:
         return model, None
     return model, float((_logits(model, input_ids) - before).abs().max())

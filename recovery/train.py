@@ -123,7 +123,8 @@ def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
     hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :-1]
     labels = torch.tensor(row.labels[1:], device=device)
     chosen = labels != IGNORED
-    logits = model.get_output_embeddings()(hidden[chosen]).float()
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden[chosen]).float()
     return torch.nn.functional.cross_entropy(logits, labels[chosen], reduction="sum"), int(chosen.sum())
 
 
