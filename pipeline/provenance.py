@@ -73,12 +73,12 @@ def peak_memory() -> Generator[dict[str, int]]:
     measured: dict[str, int] = {}
     _reset_peak()
     torch: Any = sys.modules.get("torch")
-    gpu = torch is not None and torch.cuda.is_available()
-    if gpu:
+    gpu = bool(torch and torch.cuda.is_available())
+    if torch and gpu:
         torch.cuda.reset_peak_memory_stats()
     yield measured
     measured["peak_memory_bytes"] = _peak()
-    if gpu:
+    if torch and gpu:
         measured["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated())
 
 

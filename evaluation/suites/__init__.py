@@ -54,7 +54,7 @@ def load(name: str) -> Suite:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no suite is called {name!r}{hint}; there are {', '.join(names())}")
     said: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    return Suite(name=name, **(said | {"identity": tuple(said["identity"])}))
+    return Suite(name=name, **(said | {"identity": tuple(said["identity"])}))  # pyright: ignore[reportArgumentType]
 
 
 def check_rows(suite: Suite, rows: list[dict[str, Any]], place: str) -> None:
