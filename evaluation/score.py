@@ -100,7 +100,7 @@ def score(
     for name in ("acc", "acc_norm"):
         if f"{name},none" in found:
             metrics[name] = float(found[f"{name},none"])
-            metrics[f"{name}_stderr"] = float(found[f"{name}_stderr,none"]) if len(items) > 1 else math.nan
+            metrics[f"{name}_stderr"] = float(found[f"{name}_stderr,none"]) if len(items) > 1 else 0.0
     values = [item["gold_logprob"] for item in items]
     metrics["gold_logprob"] = sum(values) / len(values)
     metrics["gold_logprob_stderr"] = _standard_error(values)
@@ -127,7 +127,7 @@ def _item(task: Any, sample: dict[str, Any], lengths: dict[tuple[str, str], int]
 
 
 def _standard_error(values: list[float]) -> float:
-    """Sample standard deviation over the square root of n; NaN is not JSON, so one item gives 0."""
+    """Sample standard deviation over the square root of n; 0 for one item, since JSON has no NaN."""
     mean, count = sum(values) / len(values), len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count) if count > 1 else 0.0
 

@@ -12,17 +12,16 @@ LINE_EVERY = 20.0  # seconds between progress lines where stderr is not a termin
 
 
 class Reporter:
-    """Writes to stderr; `quiet` silences all but warnings."""
+    """Writes to stderr."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        self.warnings = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)
 
     def warn(self, message: str) -> None:
-        self.warnings.print(f"warning: {message}", markup=False)
+        self.console.print(f"warning: {message}", markup=False)
 
     @contextmanager
     def step(self, label: str) -> Generator[Callable[[int, int, str], None]]:

@@ -50,6 +50,7 @@ def execute(run: Run, last: str | None = None, force: str | None = None) -> repo
     _warn_of_drift(run, planned)
     if missing:
         preflight.check(run.config, [item.step for item in missing], sources)
+        run.folder.mkdir(parents=True, exist_ok=True)
         run.store.keep(run.folder, _used(steps, sources))
         statuses |= _build(run, missing, sources)
     results = report.collect(run.config, steps, run.store, statuses)

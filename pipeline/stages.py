@@ -19,7 +19,7 @@ from evaluation.perplexity import perplexity
 from evaluation.score import score
 from pipeline import calibration, rows
 from pipeline.config import PerplexityConfig, RunConfig, RuntimeConfig, SuiteConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Store, Workspace
@@ -32,6 +32,7 @@ from recovery.train import train
 
 Progress = Callable[[int, int, str], None]
 MERGE_CHECK_TOKENS = 256  # real tokens on which the adapted and the merged model are compared
+MERGE_TOLERANCE = 1e-3  # of logits, in float32; rounding to 16 bits moves them by more, which is recorded
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Runner:
         ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]
         ids = ids[:, :MERGE_CHECK_TOKENS]
         merged, difference = merge(model, ids)
+        if self.config.model.dtype == "float32" and (difference or 0.0) > MERGE_TOLERANCE:
+            raise StageError(f"merge: logits moved by {difference:.2g}, more than {MERGE_TOLERANCE}: nothing was saved")
         checkpoint.save(merged, tokenizer, workspace.out / "model")
         return {"report": {"largest_logit_difference": difference, "tokens_compared": ids.shape[1]}}
 
