@@ -1,5 +1,5 @@
 # make setup | demo | test: the only requirement is Python 3.11 (PYTHON=... names another) and a package index.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: setup demo test lint types package clean

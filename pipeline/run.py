@@ -50,8 +50,6 @@ def execute(run: Run, last: str | None = None, force: str | None = None) -> repo
     _warn_of_drift(run, planned)
     if missing:
         preflight.check(run.config, [item.step for item in missing], sources)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.store.keep(run.folder, _used(steps, sources))
         statuses |= _build(run, missing, sources)
     results = report.collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
@@ -63,6 +61,8 @@ def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]
     from pipeline.stages import Runner, prepare
 
     prepare(run.config.runtime)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.store.keep(run.folder, _used([item.step for item in missing], sources))  # before `gc` could take them
     runner = Runner(run.config, sources, run.store)
     statuses: dict[str, str] = {}
     for item in missing:

@@ -1,40 +1,58 @@
-"""The contract of an adapter: a trainable delta on a frozen linear layer `y = W x (+ b)`, W [out, in].
+"""The contract of an adapter: a trainable delta on a frozen linear layer y = W x (+ b), W [out, in].
 
-A method computes with the tensors it is given and keeps them in two named sets: `trainable`, float32, which the
-optimizer changes and a checkpoint stores; `bases`, frozen and random, rebuilt from the seed, never stored.
-`recovery.inject` registers both on a module, moves them, casts the input, and hands the method its layer's weight.
+A method computes with tensors it keeps in three named groups (`Tensors`), its layer's own and those all layers share:
+
+* `trainable`, float32: what the optimizer changes; saved.
+* `kept`: frozen, or changed by the method's own hooks (factors of a decomposition, masks, averages); saved.
+* `bases`: frozen and random: rebuilt from the seed, checked by digest, never saved.
+
+`recovery.inject` registers the groups on the model, moves them, applies dropout, and hands the method its
+layer's weight. Shapes are fixed when the adapter is attached: a method whose rank grows keeps the largest and a mask.
+Nothing here imports torch before a tensor is made.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 
-class AdapterConfig(BaseModel):
-    """Base of every adapter's `Config`. `targets`: every linear layer of the decoder, or these module names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class AdapterConfig(BaseModel, frozen=True, extra="forbid"):
+    """Base of every adapter's `Config`."""
 
     method: str
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input only")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear", description="all linear layers of the decoder, or these (q_proj, mlp.up_proj, ...)"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input only, while training")
+
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+@dataclass
+class Tensors:
+    """Named tensors of one layer's adapter, or those that all layers share."""
+
+    trainable: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter is built from: the layer's name, shape and weight, its own generator, and the shared bases."""
+    """What one layer's adapter is built from. `seed` is the layer's own: from the run's seed and the layer's name."""
 
-    name: str
+    name: str  # as in the model, "model.layers.0.self_attn.q_proj"
     weight: Tensor  # [out, in], frozen, any floating dtype
-    generator: Generator  # private to this layer: seeded by the run's seed and the layer's name
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    seed: int
 
     @property
     def outputs(self) -> int:
@@ -45,33 +63,64 @@ class Layer:
         return self.weight.shape[1]
 
 
-class Adapter:
-    """One layer's adapter. A method sets `trainable` (and `bases`) in `__init__` and defines `delta`.
+class Adapter(Tensors, Generic[C]):
+    """One layer's adapter. A method fills `trainable` (and `kept`, `bases`) in `__init__` and defines `delta`.
 
-    `forward` may be cheaper than a product with `delta()`, and must equal it. A method whose effect is not W + delta
-    on the output alone (DoRA) overrides `forward` with what it adds to the layer's own output.
+    `forward` may be cheaper than a product with `delta`, and must equal it.
     """
 
-    trainable: dict[str, Tensor]
-    bases: dict[str, Tensor]
-
-    def __init__(self, config: AdapterConfig, layer: Layer) -> None:
+    def __init__(self, config: C, layer: Layer, shared: Tensors) -> None:
+        super().__init__()
         self.config = config
-        self.trainable = {}
-        self.bases = {}
+        self.shared = shared
 
     @classmethod
-    def shared(cls, config: AdapterConfig, shapes: list[tuple[int, int]], generator: Generator) -> dict[str, Tensor]:
-        """Bases that all layers share, from the (out, in) shapes of every adapted layer. None by default."""
-        return {}
+    def share(cls, config: C, layers: list[Layer], seed: int) -> Tensors:
+        """The tensors that all layers share, from every layer that will be adapted. None by default."""
+        return Tensors()
 
     def delta(self, weight: Tensor) -> Tensor:
         """float32 [out, in]: what merging adds to the frozen weight."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, dropped: Tensor, weight: Tensor) -> Tensor:
-        """What is added to the layer's output W x (without bias); x [..., in], `dropped` is x after dropout."""
-        raise NotImplementedError
+    def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
+        """What is added to the layer's output, in x's dtype: x W'^T - x W^T.
+
+        x [..., in] has been through dropout; `product` is x W^T where it is known already (where nothing was dropped).
+        """
+        return x @ self.delta(weight).to(x.dtype).T
+
+    @classmethod
+    def after_step(cls, layers: Mapping[str, Adapter[Any]], share: float) -> None:
+        """Called without autograd after every optimizer step, gradients still in place; `share` of the budget is fed.
+
+        May change `trainable` and `kept` in place (a proximal step, growing a rank).
+        """
+
+    @classmethod
+    def finish(cls, layers: Mapping[str, Adapter[Any]]) -> None:
+        """Called without autograd once, after training, on the adapters that will be saved."""
+
+
+def random_uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
+    """float32 on the CPU, uniform in +-bound: the same numbers whatever device the model is on."""
+    import torch
+
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+def zeros(*shape: int) -> Tensor:
+    """float32 zeros on the CPU."""
+    import torch
+
+    return torch.zeros(shape, dtype=torch.float32)
+
+
+def generator_of(*parts: object) -> Generator:
+    """A private generator on the CPU, seeded by `seed_of(*parts)`."""
+    import torch
+
+    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def seed_of(*parts: object) -> int:
@@ -80,11 +129,11 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and float32 bytes: how rebuilt bases are told from other ones."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
         total.update(f"{name}{tuple(tensor.shape)}".encode())
-        total.update(tensor.numpy().tobytes())
+        total.update(tensor.numpy().data)
     return total.hexdigest()

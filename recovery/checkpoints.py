@@ -1,6 +1,8 @@
-"""A training run's memory on disk: adapter, optimizer state and counters in one safetensors file, replaced whole."""
+"""A training run's memory on disk: one safetensors file with tensors and counters, replaced whole."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +12,48 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 LAST, BEST = "last.safetensors", "best.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
-def write(
-    path: Path,
-    parameters: dict[str, nn.Parameter],
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
-    """Write parameters, AdamW's moments and `state` (JSON-able) so that the file is whole or as it was before."""
-    tensors = {f"parameter:{name}": parameter.detach() for name, parameter in parameters.items()}
-    if optimizer is not None:
-        for name, parameter in parameters.items():
-            for moment in MOMENTS:
-                tensors[f"{moment}:{name}"] = optimizer.state[parameter][moment]
+def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and `state` (JSON-able) so that the file is either all new or as it was before."""
     temporary = path.with_suffix(".tmp")
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(ready, temporary, metadata={"state": json.dumps(state)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def read(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, Any]:
-    """Put a checkpoint's tensors back and return its `state`. Raises ValueError when it is of another adapter."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's tensors, on the CPU, and its state."""
     with safe_open(path, framework="pt") as file:
-        expected = {f"parameter:{name}" for name in parameters}
-        if expected != {name for name in file.keys() if name.startswith("parameter:")}:  # noqa: SIM118
-            raise ValueError(f"{path}: this checkpoint is of another adapter; remove it to start anew")
-        for name, parameter in parameters.items():
-            parameter.data.copy_(file.get_tensor(f"parameter:{name}"))
-            if optimizer is not None:
-                moments: dict[str, Tensor] = {moment: file.get_tensor(f"{moment}:{name}") for moment in MOMENTS}
-                optimizer.state[parameter] = {
-                    moment: tensor if moment == "step" else tensor.to(parameter.device)
-                    for moment, tensor in moments.items()
-                }
-        return json.loads(file.metadata()["state"])
+        names: list[str] = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["state"])
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state`, without its tensors."""
+    """A checkpoint's state, without reading its tensors."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["state"])
+
+
+def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's state as tensors named `moment:parameter`."""
+    return {
+        f"{moment}:{name}": optimizer.state[parameter][moment]
+        for name, parameter in parameters.items()
+        for moment in MOMENTS
+    }
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Put the moments of a checkpoint back into AdamW, taking them out of `tensors`."""
+    for name, parameter in parameters.items():
+        found = {moment: tensors.pop(f"{moment}:{name}") for moment in MOMENTS}
+        # AdamW's step counter stays on the CPU, the others lie beside their parameter.
+        optimizer.state[parameter] = {
+            moment: tensor if moment == "step" else tensor.to(parameter.device) for moment, tensor in found.items()
+        }

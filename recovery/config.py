@@ -1,56 +1,56 @@
-"""What the trainer is told. Data sources are the caller's; everything here is part of a result's key."""
+"""What the trainer is told. Data sources are the caller's; all but `checkpoint_every` is part of a result's key."""
 
-from typing import Literal
+import difflib
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from recovery import adapters
 from recovery.base import AdapterConfig
 
 
-class Validation(BaseModel):
+class Validation(BaseModel, frozen=True, extra="forbid"):
     """How often the held-out loss is measured, and on how much. `fraction` 0 turns it off."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     fraction: float = Field(default=0.02, ge=0, lt=0.5, description="share of every source that is held out")
-    tokens: int = Field(default=2048, ge=1, description="held-out tokens scored each time, at most")
+    tokens: int = Field(default=2048, ge=1, description="held-out tokens scored each time, about")
     times: int = Field(default=4, ge=1, description="how often during the run, at even distances, the last at the end")
 
 
-class RecoveryConfig(BaseModel):
+class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
     """An adapter, a budget of training tokens, and how they are spent.
 
     `tokens` counts every token fed, prompts too. A row holds up to `max_length` tokens of whole examples; rows are
     collected to `batch_tokens` for one optimizer step. `learning_rate` is reached after `warmup` (a fraction of the
-    steps) and falls to `final_rate` of itself along a cosine.
+    tokens) and falls to `final_rate` of itself along a cosine.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     adapter: SerializeAsAny[AdapterConfig]
-    tokens: int = Field(ge=1)
-    loss: Literal["response", "full"] = "response"
-    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    final_rate: float = Field(default=0.1, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    batch_tokens: int = Field(default=2048, ge=1)
-    max_length: int = Field(default=512, ge=8)
+    tokens: int = Field(ge=1, description="training tokens, prompts included; never exceeded")
+    loss: Literal["response", "full"] = Field(default="response", description="which tokens are learned")
+    learning_rate: float = Field(default=5e-4, gt=0, lt=1, description="the highest, reached after the warm-up")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the tokens over which the rate rises")
+    final_rate: float = Field(default=0.1, ge=0, le=1, description="what the rate falls to, as a share of the highest")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of a step's gradient")
+    batch_tokens: int = Field(default=2048, ge=1, description="tokens of one optimizer step, at most")
+    max_length: int = Field(default=512, ge=8, description="tokens of one packed row, and of one example, at most")
     validation: Validation = Validation()
-    seed: int = 0
+    seed: int = Field(default=0, description="of adapters, held-out part, order and dropout")
+    checkpoint_every: float = Field(default=60.0, ge=0, exclude=True, description="seconds between checkpoints")
 
     @field_validator("adapter", mode="before")
     @classmethod
-    def _by_method(cls, value: object) -> object:
+    def _by_method(cls, value: Any) -> Any:
         """Check a mapping by the `Config` of the method it names."""
-        if isinstance(value, dict):
-            name = value.get("method")
-            if name not in adapters.names():
-                raise ValueError(f"no adapter is called {name!r}; there are {', '.join(adapters.names())}")
-            return adapters.load(name).Config.model_validate(value)
-        return value
+        if not isinstance(value, dict):
+            return value
+        name, known = value.get("method"), adapters.names()
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no adapter is called {name!r}{hint}; there are {', '.join(known)}")
+        return adapters.load(name).Config.model_validate(value)
 
     @model_validator(mode="after")
     def _whole_rows(self) -> "RecoveryConfig":

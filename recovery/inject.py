@@ -1,11 +1,13 @@
 """Attaching adapters to a model, and their files.
 
-An adapter folder holds `adapter.safetensors` (trained tensors, float32) and `adapter.json` (method, its whole config,
-the seed, and the sha256 of the bases that are rebuilt from it). It is not PEFT's format.
+An adapter folder holds `adapter.safetensors` (trained and kept tensors) and `adapter.json`: method, its whole config,
+the seed, the sha256 of the bases that are rebuilt from it, and a sha256 of a sample of the weights it was trained on,
+so that it is not put on another model, or twice on the same. It is not PEFT's format.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +17,85 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recovery import adapters
-from recovery.base import Adapter, AdapterConfig, Layer, digest_of, seed_of
+from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, seed_of
 
-WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+WEIGHTS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
+SAMPLED = 64  # weights of each adapted layer that go into the sample
+
+
+class Registered(nn.ParameterDict):
+    """Puts a set of tensors on a device, the trainable as parameters of this dictionary, the others as buffers.
+
+    The set keeps pointing at them when they move.
+    """
+
+    def __init__(self, tensors: Tensors, device: torch.device) -> None:
+        super().__init__({name: nn.Parameter(tensor.to(device)) for name, tensor in tensors.trainable.items()})
+        self.tensors = tensors
+        for name, tensor in tensors.kept.items():
+            self.register_buffer(f"kept_{name}", tensor.to(device), persistent=False)
+        for name, tensor in tensors.bases.items():
+            self.register_buffer(f"base_{name}", tensor.to(device), persistent=False)
+        self._link()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Registered":
+        super()._apply(fn, recurse)
+        self._link()  # moving a module replaces its buffers
+        return self
+
+    def _link(self) -> None:
+        self.tensors.trainable = dict(self.items())
+        self.tensors.kept = {name: getattr(self, f"kept_{name}") for name in self.tensors.kept}
+        self.tensors.bases = {name: getattr(self, f"base_{name}") for name in self.tensors.bases}
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter: y = W x + b + adapter(x)."""
 
-    def __init__(self, linear: nn.Linear, method: Adapter) -> None:
+    def __init__(self, linear: nn.Linear, method: Adapter[Any], shared: Registered) -> None:
         super().__init__()
         self.linear = linear
         self.method = method
-        self.dropout = nn.Dropout(method.config.dropout)
-        device = linear.weight.device
-        self.adapter = nn.ParameterDict({n: nn.Parameter(t.to(device)) for n, t in method.trainable.items()})
-        for name, tensor in method.bases.items():
-            self.register_buffer(f"base_{name}", tensor.to(device), persistent=False)
-        self._relink()
+        self.adapter = Registered(method, linear.weight.device)
+        self.shared = shared  # one module for all layers
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.method.forward(x, self.dropout(x), self.linear.weight)
+        output = self.linear(x)
+        dropout = self.method.config.dropout
+        if self.training and dropout:
+            return output + self.method.forward(nn.functional.dropout(x, dropout), self.linear.weight, None)
+        bias: Tensor | None = self.linear.bias  # torch's annotation forgets that there may be none
+        product = output if bias is None else output - bias
+        return output + self.method.forward(x, self.linear.weight, product)
 
     def delta(self) -> Tensor:
         """float32 [out, in]: merged weight minus frozen weight."""
         return self.method.delta(self.linear.weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedLinear":
-        super()._apply(fn, recurse)
-        self._relink()  # moving a module replaces its buffers
-        return self
-
-    def _relink(self) -> None:
-        """The method computes with the module's own tensors."""
-        self.method.trainable = dict(self.adapter.items())
-        self.method.bases = {name: getattr(self, f"base_{name}") for name in self.method.bases}
-
 
 def attach(model: PreTrainedModel, config: AdapterConfig, seed: int) -> list[str]:
     """Freeze the model and put an adapter on every target layer; returns the layers' names.
 
-    Raises ValueError when adapters are attached already or a target name fits no linear layer.
+    Raises ValueError when adapters are attached already, a target fits no linear layer, or weights are quantised.
     """
     if adapted(model):
-        raise ValueError("the model has adapters already: merge them first")
+        raise ValueError("the model has adapters already: merge or detach them first")
     targets = _targets(model, config)
-    method = adapters.load(config.method).Method
-    shapes = [tuple(linear.weight.shape) for linear in targets.values()]
-    shared = method.shared(config, shapes, torch.Generator().manual_seed(seed_of(seed, "bases")))
+    method: type[Adapter[Any]] = adapters.load(config.method).Method
+    layers = [Layer(name, linear.weight, seed_of(seed, name)) for name, linear in targets.items()]
+    shared = method.share(config, layers, seed_of(seed, "shared"))
+    holder = Registered(shared, layers[0].weight.device)
     model.requires_grad_(False)
-    for name, linear in targets.items():
-        generator = torch.Generator().manual_seed(seed_of(seed, name))
-        parent, _, child = name.rpartition(".")
-        layer = Layer(name, linear.weight, generator, shared)
-        setattr(model.get_submodule(parent), child, AdaptedLinear(linear, method(config, layer)))
+    for layer in layers:
+        linear = targets[layer.name]
+        _replace(model, layer.name, AdaptedLinear(linear, method(config, layer, shared), holder))
     return list(targets)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter off; the layers are the frozen ones again."""
+    for name, module in adapted(model).items():
+        _replace(model, name, module.linear)
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -78,74 +104,139 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every adapter's parameters, as `layer.parameter`."""
-    return {f"{layer}.{name}": p for layer, module in adapted(model).items() for name, p in module.adapter.items()}
+    """Every adapter's parameters, as `layer.name`, and the shared ones as `shared.name`."""
+    return {
+        f"{place}.{name}": parameter
+        for place, module in _registered(model).items()
+        for name, parameter in module.items()
+    }
+
+
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors beside the parameters that are saved with them, named likewise."""
+    return {
+        f"{p}.{name}": tensor
+        for p, module in _registered(model).items()
+        for name, tensor in module.tensors.kept.items()
+    }
 
 
 def save(model: nn.Module, folder: Path, config: AdapterConfig, seed: int) -> None:
-    """Write the adapter's two files into `folder`."""
-    layers = adapted(model)
-    if not layers:
-        raise ValueError("the model has no adapters to save")
+    """Write the adapter's two files into `folder`. `config` and `seed` are those it was attached with."""
+    if not adapted(model):
+        raise ValueError("the model has no adapters to save: attach them first")
     folder.mkdir(parents=True, exist_ok=True)
     description = {
-        "format": 1,
+        "format": FORMAT,
         "method_version": adapters.load(config.method).VERSION,
         "config": config.model_dump(mode="json"),
         "seed": seed,
-        "bases_sha256": _bases_digest(layers),
+        "bases_sha256": _bases_digest(model),
+        "base_sample_sha256": _sample_digest(model),
     }
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in {**trainable(model), **kept(model)}.items()}
     save_file(tensors, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Attach the adapter of a folder. Raises ValueError when it was made for other layers, or its bases differ."""
+    """Attach the adapter of a folder, as it was saved.
+
+    Raises ValueError, leaving the model as it was, when it was made for another model, or its bases come out different.
+    """
     said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    config = adapters.load(said["config"]["method"]).Config.model_validate(said["config"])
-    attach(model, config, said["seed"])
-    found = _bases_digest(adapted(model))
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{folder}: adapter format {said.get('format')!r}; this version of regrow reads {FORMAT}")
+    method = adapters.load(said["config"]["method"])
+    if said["method_version"] != method.VERSION:
+        made = f"version {said['method_version']} of {said['config']['method']}"
+        raise ValueError(f"{folder}: made with {made}, here is version {method.VERSION}: train it again")
+    attach(model, method.Config.model_validate(said["config"]), said["seed"])
+    try:
+        load_tensors(model, load_file(folder / WEIGHTS), str(folder))
+        _check(model, said, folder)
+    except ValueError:
+        detach(model)
+        raise
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
+    """Copy tensors into the attached adapters' parameters and kept tensors. Raises ValueError where they do not fit."""
+    targets: dict[str, Tensor] = {**trainable(model), **kept(model)}
+    if targets.keys() != tensors.keys():
+        odd = sorted(targets.keys() ^ tensors.keys())
+        raise ValueError(f"{place}: made for other layers than this model's: {', '.join(odd[:3])} ...")
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)}, this model needs {list(target.shape)}"
+            raise ValueError(f"{place}: {name} has shape {shapes}: it belongs to another pruned model")
+    for name, target in targets.items():
+        target.data.copy_(tensors[name])
+
+
+def _check(model: nn.Module, said: dict[str, Any], folder: Path) -> None:
+    found = _bases_digest(model)
     if found != said["bases_sha256"]:
         raise ValueError(
-            f"{folder}: the bases rebuilt from seed {said['seed']} have sha256 {found[:16]}..., the adapter was "
-            f"trained with {said['bases_sha256'][:16]}...; another torch draws other numbers: use the merged model"
+            f"{folder}: the bases rebuilt from seed {said['seed']} have sha256 {found[:16]}, it was trained with "
+            f"{said['bases_sha256'][:16]}: another seed or torch draws other numbers; use the merged model instead"
         )
-    load_parameters(model, load_file(folder / WEIGHTS), str(folder))
-
-
-def load_parameters(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
-    """Copy tensors into the attached adapters' parameters. Raises ValueError when names or shapes differ."""
-    parameters = trainable(model)
-    if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())
-        raise ValueError(f"{place}: made for other layers than this model's: {', '.join(odd[:3])} ...")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            shapes = f"{list(tensors[name].shape)}, this model needs {list(parameter.shape)}"
-            raise ValueError(f"{place}: {name} has shape {shapes}: it belongs to another pruned model")
-        parameter.data.copy_(tensors[name])
+    if _sample_digest(model) != said["base_sample_sha256"]:
+        raise ValueError(
+            f"{folder}: this adapter was trained on other weights; attach it to the pruned model it belongs to "
+            "(a merged model has it inside already)"
+        )
 
 
 def _targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linear]:
-    found = dict(_linears(model))
+    """The decoder layers' linear modules by their full names, those asked for; lm_head is never among them."""
+    blocks: Any = model.get_decoder().layers
+    decoder = {id(module) for module in blocks.modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in decoder
+    }
+    for name, linear in found.items():
+        if not linear.weight.is_floating_point():
+            raise ValueError(f"{name}: weights of {linear.weight.dtype} cannot be adapted: load the model unquantised")
     if config.targets == "all-linear":
         return found
-    known = {name.rpartition(".")[2] for name in found}
+    chosen: dict[str, nn.Linear] = {}
     for target in config.targets:
-        if target not in known:
-            raise ValueError(f"targets: no linear layer is called {target!r}; there are {', '.join(sorted(known))}")
-    return {name: linear for name, linear in found.items() if name.rpartition(".")[2] in config.targets}
+        fits = {name: linear for name, linear in found.items() if f".{name}".endswith(f".{target}")}
+        if not fits:
+            known = sorted({name.rpartition(".")[2] for name in found})
+            raise ValueError(f"targets: no linear layer is called {target!r}; there are {', '.join(known)}")
+        chosen |= fits
+    return {name: linear for name, linear in found.items() if name in chosen}
 
 
-def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The decoder layers' linear modules by their full names; lm_head is not among them."""
-    inner: Any = model.get_decoder()
-    decoder = {id(module) for module in inner.layers.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module) in decoder:
-            yield name, module
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
-def _bases_digest(layers: dict[str, AdaptedLinear]) -> str:
-    return digest_of({f"{n}.{b}": t for n, module in layers.items() for b, t in module.method.bases.items()})
+def _registered(model: nn.Module) -> dict[str, Registered]:
+    layers = adapted(model)
+    places = {name: module.adapter for name, module in layers.items()}
+    if layers:
+        places["shared"] = next(iter(layers.values())).shared
+    return places
+
+
+def _bases_digest(model: nn.Module) -> str:
+    return digest_of(
+        {f"{p}.{n}": t for p, module in _registered(model).items() for n, t in module.tensors.bases.items()}
+    )
+
+
+def _sample_digest(model: nn.Module) -> str:
+    """sha256 over names, shapes and evenly spaced weights of the adapted layers, as bfloat16 so that loading in another
+    dtype does not matter."""
+    total = hashlib.sha256()
+    for name, module in adapted(model).items():
+        weight = module.linear.weight.detach().flatten()
+        sample = weight[:: max(1, weight.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
+        total.update(f"{name}{tuple(module.linear.weight.shape)}".encode() + sample.numpy().tobytes())
+    return total.hexdigest()

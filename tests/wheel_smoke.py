@@ -1,7 +1,7 @@
 """Build the wheel, install it into a bare environment, and use it from another folder.
 
 The environment borrows this one's dependencies through a path file (nested path files are not read, so an editable
-install of regrow cannot stand in for the wheel). Run by `make test`, not by pytest: it needs pip's build isolation.
+install of regrow cannot stand in for the wheel). Run by `make test`, after pytest.
 """
 
 import os
@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+        run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
         wheel = next(folder.glob("regrow-*.whl"))
         venv.create(folder / "env", with_pip=False)
         python = folder / "env" / "bin" / "python"

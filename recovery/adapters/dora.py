@@ -2,7 +2,8 @@
 
 Paper: arXiv 2402.09353. W' = m * (W + s B A) / ||W + s B A||, norm and m per row (output), s = alpha / rank;
 m [out] starts at the rows' norms of W, so the start is exact. The norm is a constant in the backward pass. Trained:
-A, B (as LoRA's) and m. The part added to W x is (m/norm - 1) W x + (m/norm) s B A x, with dropout on x in both terms.
+A, B (as LoRA's) and m: rank (in + out) + out parameters. What is added to W x is (m/norm - 1) W x + (m/norm) s B A x,
+with dropout on x in both terms. Merge: W', norms taken from the unmerged weight in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from recovery.adapters import lora
-from recovery.base import Layer
+from recovery.base import Layer, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class Config(lora.LowRankConfig):
+class Config(lora.LowRankConfig, frozen=True):
     """DoRA's options."""
 
     method: Literal["dora"] = "dora"
@@ -27,20 +28,23 @@ class Config(lora.LowRankConfig):
 class Method(lora.Method):
     """A, B and the magnitude m."""
 
-    def __init__(self, config: lora.LowRankConfig, layer: Layer) -> None:
-        super().__init__(config, layer)
-        self.trainable["magnitude"] = layer.weight.detach().float().cpu().norm(dim=1)
+    def __init__(self, config: lora.LowRankConfig, layer: Layer, shared: Tensors) -> None:
+        super().__init__(config, layer, shared)
+        self.trainable["magnitude"] = layer.weight.detach().float().norm(dim=1).cpu()
 
     def _ratio(self, weight: Tensor) -> Tensor:
-        """m / norm, float32 [out]; a row of zeros stays a row of zeros."""
-        norm = (weight.detach().float() + super().delta(weight).detach()).norm(dim=1)
-        return self.trainable["magnitude"] / norm.clamp_min(1e-12)
+        """m / norm, float32 [out]. A row of zeros has m = 0 and the ratio 1: B may still move it."""
+        low_rank = self.trainable["B"].detach() @ self.trainable["A"].detach()
+        norm = (weight.detach().float() + self.scale() * low_rank).norm(dim=1)
+        magnitude = self.trainable["magnitude"]
+        # At the start m and norm are the same number, and the ratio is exactly 1.
+        return (magnitude / norm.clamp_min(1e-30)).where(norm > 0, magnitude + 1)
 
     def delta(self, weight: Tensor) -> Tensor:
         original = weight.detach().float()
         return self._ratio(weight)[:, None] * (original + super().delta(weight)) - original
 
-    def forward(self, x: Tensor, dropped: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
         ratio = self._ratio(weight)
-        base = (dropped @ weight.T).float()
-        return ((ratio - 1) * base + ratio * super().forward(x, dropped, weight).float()).to(x.dtype)
+        product = x @ weight.T if product is None else product
+        return ((ratio - 1) * product + ratio * super().forward(x, weight, product)).to(x.dtype)

@@ -1,7 +1,7 @@
 """LoRA: a low-rank delta, scaled by alpha / rank.
 
 Paper: arXiv 2106.09685. dW = s B A with s = alpha / rank; A [rank, in] uniform in +-1/sqrt(in) (Kaiming with
-a = sqrt 5), B [out, rank] zero, both trained. Merge: W + s B A.
+a = sqrt 5), B [out, rank] zero, both trained: rank (in + out) parameters. Merge: W + s B A. Seeding A by layer is ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from recovery.base import Adapter, AdapterConfig, Layer
+from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, random_uniform, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,30 +18,27 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class LowRankConfig(AdapterConfig):
+class LowRankConfig(AdapterConfig, frozen=True):
     """Options of the low-rank family."""
 
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
+    rank: int = Field(default=8, ge=1, description="inner size of B A")
+    alpha: float = Field(default=16.0, gt=0, description="numerator of the scale")
 
 
-class Config(LowRankConfig):
+class Config(LowRankConfig, frozen=True):
     """LoRA's options."""
 
     method: Literal["lora"] = "lora"
 
 
-class Method(Adapter):
+class Method(Adapter[LowRankConfig]):
     """One layer's A and B."""
 
-    config: LowRankConfig
-
-    def __init__(self, config: LowRankConfig, layer: Layer) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: LowRankConfig, layer: Layer, shared: Tensors) -> None:
+        super().__init__(config, layer, shared)
         bound = layer.inputs**-0.5
-        down = layer.weight.new_empty(config.rank, layer.inputs, dtype=None).float().cpu()
-        self.trainable["A"] = down.uniform_(-bound, bound, generator=layer.generator)
-        self.trainable["B"] = down.new_zeros(layer.outputs, config.rank)
+        self.trainable["A"] = random_uniform((config.rank, layer.inputs), bound, generator_of(layer.seed))
+        self.trainable["B"] = zeros(layer.outputs, config.rank)
 
     def scale(self) -> float:
         """s, the factor of B A."""
@@ -50,6 +47,6 @@ class Method(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale() * (self.trainable["B"] @ self.trainable["A"])
 
-    def forward(self, x: Tensor, dropped: Tensor, weight: Tensor) -> Tensor:
-        down, up = self.trainable["A"].to(x.dtype), self.trainable["B"].to(x.dtype)
-        return (dropped @ down.T) @ (self.scale() * up).T
+    def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
+        down, up = self.trainable["A"].to(x.dtype), (self.scale() * self.trainable["B"]).to(x.dtype)
+        return (x @ down.T) @ up.T

@@ -1,8 +1,9 @@
 """RoRA: LoRA scaled by alpha / sqrt(rank), so that gradients do not fade as the rank grows.
 
-Paper: arXiv 2501.04315; the formula is rsLoRA's (arXiv 2312.03732). dW = s B A with s = alpha / sqrt(rank); all else
-is LoRA's. RoRA(alpha, rank) equals LoRA(alpha sqrt(rank), rank): compare the two at equal scale. Ranks and alphas of
-the paper's tables are not published in reach; the defaults are ours.
+Paper: arXiv 2501.04315; the formula is rsLoRA's (arXiv 2312.03732). dW = s B A with s = alpha / sqrt(rank); shapes,
+start, parameters and merge are LoRA's. RoRA(alpha, rank) equals LoRA(alpha sqrt(rank), rank): compare the two at equal
+scale. Ranks, alphas and learning rates of the paper's tables are not published in reach; the defaults are ours. With
+rank >= 64 and alpha = 2 rank the scale is 16 or more: lower alpha or the learning rate if the loss jumps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from recovery.adapters import lora
 VERSION = 1
 
 
-class Config(lora.LowRankConfig):
+class Config(lora.LowRankConfig, frozen=True):
     """RoRA's options."""
 
     method: Literal["rora"] = "rora"

@@ -1,0 +1,71 @@
+"""What a training run remembers about itself: counters, the log of its steps, and the report made from both."""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class State:
+    """Where a run is: everything a checkpoint needs beside tensors. `seconds` counts all of its sittings."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    labelled: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    validation: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def write(folder: Path, state: State, loss: float, rate: float) -> None:
+    """Add one step's line to the log."""
+    line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate}
+    if state.validation and state.validation[-1]["step"] == state.step:
+        line["validation_loss"] = state.validation[-1]["loss"]
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "seconds": round(state.seconds, 3)}) + "\n")
+
+
+def cut(folder: Path, steps: int) -> None:
+    """Drop the log's lines of steps that are about to be taken again."""
+    path = folder / LOG
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()[:steps]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def note(state: State, loss: float, budget: int) -> str:
+    """The line shown beside a progress bar."""
+    if not state.tokens or not state.seconds:
+        return "first step"
+    speed = state.tokens / state.seconds
+    left = round((budget - state.tokens) / speed)
+    return f"loss {loss:.3f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+
+
+def report(folder: Path, state: State, trainable: int, layers: int) -> dict[str, Any]:
+    """The run in numbers; `loss` is the mean training loss of each tenth of the steps."""
+    losses: list[float] = [json.loads(line)["loss"] for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    edges = [round(n * len(losses) / 10) for n in range(11)]
+    tenths = [losses[a:b] for a, b in itertools.pairwise(edges) if b > a]
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "labelled_tokens": state.labelled,
+        "trainable_parameters": trainable,
+        "adapted_layers": layers,
+        "loss_first_10": sum(losses[:10]) / len(losses[:10]),
+        "loss_last_10": sum(losses[-10:]) / len(losses[-10:]),
+        "loss": [round(sum(part) / len(part), 5) for part in tenths],
+        "validation": state.validation,
+        "best_step": state.best_step or state.step,
+        "seconds": round(state.seconds, 2),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+    }

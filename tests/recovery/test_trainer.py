@@ -1,0 +1,275 @@
+"""The trainer: schedule, budget, resuming, the best adapter, hooks and errors."""
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from recovery import adapters, checkpoints, history, inject
+from recovery.adapters import lora
+from recovery.base import Adapter, Layer, Tensors
+from recovery.config import RecoveryConfig
+from recovery.data import Example
+from recovery.train import schedule, train
+
+SOURCES = [
+    (2.0, [Example("", f"the number {n} follows {n - 1}") for n in range(60)]),
+    (1.0, [Example(f"What follows {n}?", f" {n + 1}") for n in range(40)]),
+]
+
+
+def config_of(**options: Any) -> RecoveryConfig:
+    values: dict[str, Any] = {
+        "adapter": {"method": "rora", "rank": 4, "alpha": 4},
+        "tokens": 1500,
+        "batch_tokens": 256,
+        "max_length": 64,
+        "learning_rate": 3e-3,
+        "validation": {"fraction": 0.1, "tokens": 100, "times": 3},
+        "checkpoint_every": 0,
+    }
+    return RecoveryConfig(**{**values, **options})
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / history.LOG).read_text().splitlines()]
+
+
+def without_time(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if "second" not in key}
+
+
+def test_schedule_by_hand() -> None:
+    config = config_of(warmup=0.1, final_rate=0.1)
+    # half the warm-up; its end; half of the cosine: .1 + .9 / 2; a quarter: .1 + .45 (1 + cos 45 degrees); the end
+    expected = {0.05: 0.5, 0.1: 1.0, 0.55: 0.55, 0.325: 0.1 + 0.45 * (1 + 2**-0.5), 1.0: 0.1}
+    for share, factor in expected.items():
+        assert schedule(share, config) == pytest.approx(factor), share
+    assert schedule(0.25, config_of(warmup=0, final_rate=0)) == pytest.approx(0.5 + 8**-0.5)
+
+
+def test_training_lowers_the_loss_within_the_budget(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    frozen = copy.deepcopy(tiny_model)
+    seen: list[tuple[int, int, str]] = []
+    config = config_of(tokens=6000)
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path, lambda *told: seen.append(told))
+    assert 6000 - 64 < report["tokens"] <= 6000
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == list(range(1, report["steps"] + 1))
+    assert log[-1]["tokens"] == report["tokens"] == seen[-1][0]
+    assert all(0 <= after["tokens"] - before["tokens"] <= 256 for before, after in itertools.pairwise(log))
+    for line in log:
+        assert line["learning_rate"] == pytest.approx(3e-3 * schedule(line["tokens"] / 6000, config))
+    assert report["loss"][-1] < report["loss"][0] - 0.1
+    assert [check["tokens"] >= 6000 * n / 3 - 64 for n, check in enumerate(report["validation"], 1)] == [True] * 3
+    assert report["validation"][-1]["loss"] < report["validation"][0]["loss"]
+    assert report["best_step"] == report["steps"]
+    assert report["trainable_parameters"] == 4 * 2 * (64 + 48 + 48 + 64 + 3 * 80)  # rank (in + out), two layers
+    assert {total for _, total, _ in seen} == {6000}
+    assert "tokens/s" in seen[-1][2]
+    assert not tiny_model.training
+    trained = inject.adapted(tiny_model)["model.layers.0.mlp.up_proj"].linear.weight
+    assert torch.equal(trained, frozen.model.layers[0].mlp.up_proj.weight)
+
+
+class Stop(KeyboardInterrupt):
+    """What Ctrl-C raises."""
+
+
+@pytest.mark.parametrize("method", ["rora", "randlora"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = config_of(adapter={"method": method, "rank": 4, "dropout": 0.2})
+    straight, stopped = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    report = train(straight, tiny_tokenizer, SOURCES, config, tmp_path / "a")
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done > 800:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(stopped, tiny_tokenizer, SOURCES, config, tmp_path / "b", stop)
+    assert (tmp_path / "b" / checkpoints.LAST).is_file()
+    resumed = copy.deepcopy(tiny_model)
+    torch.manual_seed(99)  # the global generator must not matter
+    fed: list[int] = []
+    again = train(resumed, tiny_tokenizer, SOURCES, config, tmp_path / "b", lambda done, *_: fed.append(done))
+    assert fed[0] > 500  # it did not begin anew
+    assert without_time(again) == without_time(report)
+    first, second = inject.trainable(straight), inject.trainable(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert list(map(without_time, lines(tmp_path / "a"))) == list(map(without_time, lines(tmp_path / "b")))
+    other = config_of(adapter={"method": method, "rank": 4, "dropout": 0.1})
+    with pytest.raises(ValueError, match="another config"):
+        train(copy.deepcopy(tiny_model), tiny_tokenizer, SOURCES, other, tmp_path / "b")
+
+
+def test_the_best_adapter_is_kept(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(losses))
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config_of(), tmp_path)
+    assert [check["loss"] for check in report["validation"]] == [3.0, 2.0, 2.5]
+    assert report["best_step"] == report["validation"][1]["step"] < report["steps"]
+    kept, last = load_file(tmp_path / checkpoints.BEST), load_file(tmp_path / checkpoints.LAST)
+    parameters = inject.trainable(tiny_model)
+    assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
+    assert not all(torch.equal(parameters[name], last[name]) for name in parameters)
+
+
+def test_held_out_examples_are_never_fed(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from recovery import train as module
+
+    fed: set[str] = set()
+    held: set[str] = set()
+    real_update, real_mean = module.row_loss, module.mean_loss
+
+    def texts(row: Any) -> set[str]:
+        starts = [n for n, position in enumerate(row.positions) if position == 0]
+        return {tiny_tokenizer.decode(row.ids[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)}
+
+    def feeding(model: Any, row: Any) -> Any:
+        fed.update(texts(row))
+        return real_update(model, row)
+
+    def checking(model: Any, rows: Any) -> float:
+        for row in rows:
+            held.update(texts(row))
+        return real_mean(model, rows)
+
+    monkeypatch.setattr(module, "row_loss", feeding)
+    monkeypatch.setattr(module, "mean_loss", checking)
+    train(tiny_model, tiny_tokenizer, SOURCES, config_of(tokens=4000), tmp_path)
+    assert {"?" in text for text in held} == {True, False}  # from both sources
+    assert len(fed) == 60 - 6 + 40 - 4
+    assert not fed & held
+
+
+def test_a_loss_that_is_not_finite(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def poison(done: int, total: int, note: str) -> None:
+        if done > 600:
+            tiny_model.lm_head.weight.data.fill_(torch.nan)
+
+    with pytest.raises(
+        RuntimeError, match=r"loss is nan at step 3 .*last good checkpoint: .* of step 2\b.*learning_rate"
+    ):
+        train(tiny_model, tiny_tokenizer, SOURCES, config_of(validation={"fraction": 0}), tmp_path, poison)
+
+
+class Gated(lora.Method):
+    """LoRA with a counter that is kept, a shared gain, and both hooks."""
+
+    @classmethod
+    def share(cls, config: lora.LowRankConfig, layers: list[Layer], seed: int) -> Tensors:
+        return Tensors(trainable={"gain": torch.ones(1)})
+
+    def __init__(self, config: lora.LowRankConfig, layer: Layer, shared: Tensors) -> None:
+        super().__init__(config, layer, shared)
+        self.kept["steps"] = torch.zeros(1)
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.shared.trainable["gain"] * super().delta(weight)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
+        return Adapter.forward(self, x, weight, product)
+
+    @classmethod
+    def after_step(cls, layers: Mapping[str, Adapter[Any]], share: float) -> None:
+        for layer in layers.values():
+            assert layer.trainable["B"].grad is not None
+            layer.kept["steps"] += 1
+            layer.trainable["B"].clamp_(-0.001, 0.001)
+
+    @classmethod
+    def finish(cls, layers: Mapping[str, Adapter[Any]]) -> None:
+        for layer in layers.values():
+            layer.trainable["B"].mul_(2)
+
+
+def test_shared_parameters_kept_tensors_and_hooks(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = SimpleNamespace(Method=Gated, Config=lora.Config, VERSION=7)
+    monkeypatch.setattr(adapters, "load", lambda name: module)
+    other, config = copy.deepcopy(tiny_model), config_of(adapter={"method": "lora"}, validation={"fraction": 0})
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path)
+    assert set(inject.kept(tiny_model)) == {f"{name}.steps" for name in inject.adapted(tiny_model)}
+    assert {float(tensor) for tensor in inject.kept(tiny_model).values()} == {report["steps"]}
+    parameters = inject.trainable(tiny_model)
+    assert float(parameters["shared.gain"].detach()) != 1.0
+    assert float(parameters["model.layers.1.mlp.up_proj.B"].abs().max().detach()) == pytest.approx(0.002)
+    last = load_file(tmp_path / checkpoints.LAST)
+    assert float(last["model.layers.0.mlp.up_proj.steps"]) == report["steps"]
+    inject.save(tiny_model, tmp_path / "adapter", config.adapter, config.seed)
+    inject.attach_saved(other, tmp_path / "adapter")
+    ids = torch.tensor([[1, 40, 50, 60]])
+    assert torch.equal(other(ids).logits, tiny_model(ids).logits)
+    assert {float(tensor) for tensor in inject.kept(other).values()} == {report["steps"]}
+
+
+def test_config() -> None:
+    config = config_of()
+    assert config.adapter == adapters.load("rora").Config(rank=4, alpha=4)
+    dumped = config.model_dump(mode="json")
+    assert dumped["adapter"] == {"method": "rora", "targets": "all-linear", "dropout": 0.0, "rank": 4, "alpha": 4.0}
+    assert "checkpoint_every" not in dumped  # when a checkpoint is taken changes no result
+    assert RecoveryConfig.model_validate({**dumped, "checkpoint_every": 0}) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "message"),
+    [
+        ({"adapter": {"method": "rorra"}}, ("adapter",), r"no adapter is called 'rorra' \(did you mean 'rora'\?\)"),
+        ({"adapter": {"rank": 4}}, ("adapter",), "no adapter is called None; there are dora, lora"),
+        ({"adapter": {"method": "rora", "rnak": 4}}, ("adapter", "rnak"), "Extra inputs"),
+        ({"adapter": {"method": "lora", "rank": 0}}, ("adapter", "rank"), "greater than or equal to 1"),
+        ({"loss": "answer"}, ("loss",), "'response' or 'full'"),
+        ({"tokens": 100}, (), "tokens: 100 is less than one step of batch_tokens 256"),
+        ({"max_length": 512}, (), "batch_tokens: 256 is less than one row"),
+        ({"validation": {"every": 3}}, ("validation", "every"), "Extra inputs"),
+    ],
+)
+def test_bad_configs(options: dict[str, Any], place: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as caught:
+        config_of(**options)
+    assert caught.value.errors()[0]["loc"] == place
+
+
+def test_configs_and_methods_need_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from recovery import adapters; from recovery.config import RecoveryConfig; "
+        "[RecoveryConfig(adapter={'method': name}, tokens=10**5) for name in adapters.names()]; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
