@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +64,7 @@ class AdaptedLinear(nn.Module):
         dropout = self.method.config.dropout
         if self.training and dropout:
             return output + self.method.forward(nn.functional.dropout(x, dropout), self.linear.weight, None)
-        bias: Tensor | None = self.linear.bias  # torch's annotation forgets that there may be none
+        bias = cast("Tensor | None", self.linear.bias)
         product = output if bias is None else output - bias
         return output + self.method.forward(x, self.linear.weight, product)
 

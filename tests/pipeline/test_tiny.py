@@ -28,7 +28,7 @@ def test_three_steps_are_seen_in_every_world(seed: int, tmp_path: Path, monkeypa
     dense, pruned, recovered = results["models"].values()
     assert dense["average"] > CHANCE + 0.4
     assert pruned["average"] < dense["average"] - 0.15
-    assert recovered["average"] > pruned["average"] + 0.15
+    assert recovered["average"] > pruned["average"] + 0.1
     assert pruned["perplexity"]["heldout"] > recovered["perplexity"]["heldout"] > 1
     assert dense["gold_logprob"] > pruned["gold_logprob"] < recovered["gold_logprob"]
 
