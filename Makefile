@@ -24,7 +24,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 package: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
