@@ -35,7 +35,9 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cp
     """
     said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     model_class: Any = RegrowForCausalLM if said.get("model_type") == RegrowConfig.model_type else AutoModelForCausalLM
-    model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    model, info = model_class.from_pretrained(
+        folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    )
     problems = {name: keys for name, keys in info.items() if keys and name != "error_msgs"}
     if problems:
         raise ValueError(f"{folder}: weights and config.json do not fit each other: {problems}")

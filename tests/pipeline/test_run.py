@@ -208,6 +208,13 @@ def test_a_model_that_is_not_llama_like_is_refused_before_any_work(world: Path, 
     assert not list((world / "store").glob("[!.]*"))
 
 
+def test_weights_that_would_have_to_be_unpickled_are_refused(world: Path):
+    (world / "dense" / "model.safetensors").rename(world / "dense" / "pytorch_model.bin")
+    result = regrow("run", "run.yaml")
+    assert result.exit_code == 2
+    assert "has no .safetensors weights; regrow unpickles nothing" in result.stderr
+
+
 def test_training_on_a_scored_question_is_refused(world: Path):
     data = f"[{{source: 'path:{world}/piqa.jsonl', suite: piqa}}]"
     result = regrow("run", "run.yaml", "--set", f"recovery.data={data}")
