@@ -45,7 +45,7 @@ def check_model(config: RunConfig, sources: Sources) -> None:
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"model.source: {config.model.source} is {found}; regrow serves {', '.join(SERVED)}")
     if not any(folder.glob("*.safetensors")):
-        remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is (hub:owner/name@revision)"
+        remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"model.source: {config.model.source} has no .safetensors weights; {remedy}")
 
 
