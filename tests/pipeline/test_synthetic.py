@@ -8,7 +8,7 @@ from pipeline import synthetic
 from pipeline.keys import file_digest
 from pipeline.synthetic import world
 from pipeline.synthetic.model import Schedule, train
-from pipeline.synthetic.world import VALUES, World
+from pipeline.synthetic.world import QUESTIONS, SENTENCES, VALUES, World
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
@@ -18,6 +18,19 @@ def made(request: pytest.FixtureRequest) -> World:
 
 def files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in folder.rglob("*.jsonl")}
+
+
+def entity_of(text: str) -> str:
+    """Who a sentence or question is about: the word that stands where its form has {e}."""
+    forms = [form.split() for some in (*SENTENCES.values(), *QUESTIONS.values()) for form in some]
+    words = text.removeprefix("question : ").split()
+    found = {
+        words[form.index("{e}")]
+        for form in forms
+        if len(words) >= len(form) and all(mine in ("{e}", yours) for mine, yours in zip(form, words, strict=False))
+    }
+    assert len(found) == 1, text
+    return found.pop()
 
 
 def test_a_seed_gives_one_world(tmp_path: Path):
@@ -38,11 +51,12 @@ def test_nothing_scored_stands_in_the_training_text(made: World):
     assert not set(made.heldout) & set(made.text)
 
 
-def test_every_scored_fact_is_stated_in_other_words(made: World):
-    stated = {f"{sentence.split()[-2]} {word}" for sentence in made.text for word in sentence.split()}
-    for row in (*made.suites["synthetic_questions"], *made.suites["synthetic_sentences"]):
-        answer = row["choices"][row["label"]]
-        assert any(f"{answer} {word}" in stated for word in row["question"].split())
+def test_of_a_rows_choices_the_answer_alone_is_stated_of_its_entity(made: World):
+    stated = {(entity_of(sentence), sentence.split()[-2]) for sentence in made.text}
+    for rows in made.suites.values():
+        for row in rows:
+            true = [choice for choice in row["choices"] if (entity_of(row["question"]), choice) in stated]
+            assert true == [row["choices"][row["label"]]], row
 
 
 def test_rows_have_one_right_answer_among_distinct_ones_of_its_kind(made: World):
