@@ -15,7 +15,7 @@ import click
 from pipeline import __version__
 from pipeline.errors import RegrowError
 
-STAGES = ("prune", "recover", "merge", "evaluate")
+STAGES = ("statistics", "prune", "recover", "merge", "evaluate")
 Command = Callable[..., Any]
 
 

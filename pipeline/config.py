@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from evaluation import suites
 from pipeline import sources
 from pipeline.errors import ConfigError, did_you_mean
+from pruning import criteria
 from pruning.config import PruningConfig
 from recovery.config import RecoveryConfig
 
@@ -167,7 +168,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "RunConfig":
-        if self.pruning and not self.calibration:
+        if self.pruning and not self.calibration and (criteria.statistics(self.pruning) or self.pruning.runs_on_text):
             raise ValueError("pruning.calibration: missing; give the text that the criterion looks at")
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.keys import differences
 from pipeline.report import read_results
-from pipeline.steps import STAGES, Step
+from pipeline.steps import STAGES, Step, label
 from pipeline.store import Store
 
 
@@ -20,8 +20,8 @@ class Planned:
 
     def as_json(self) -> dict[str, Any]:
         step = self.step
-        scored = step.scored.name if step.scored else None
-        place = {"stage": step.stage, "model": step.model, "suite": scored, "key": step.key}
+        suite, statistic = (part.name if part else None for part in (step.scored, step.statistic))
+        place = {"stage": step.stage, "model": step.model, "suite": suite, "statistic": statistic, "key": step.key}
         return {**place, "status": self.status, "why": self.why}
 
 
@@ -51,7 +51,7 @@ def until(steps: list[Step], stage: str | None) -> list[Step]:
 
 def label_of(entry: dict[str, Any]) -> str:
     """A `results.json` stage entry's label, as `Step.label` writes it."""
-    return f"evaluate {entry['model']} {entry['suite']}" if entry.get("suite") else entry["stage"]
+    return label(entry["stage"], entry["model"], entry.get("suite") or entry.get("statistic"))
 
 
 def _why(step: Step, store: Store, old_key: str | None) -> str:

@@ -21,8 +21,10 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
     check_model(config, sources)
     scored = [step.scored for step in missing if step.scored]
     stages = {step.stage for step in missing}
-    if "prune" in stages and config.calibration:
-        rows.texts(sources, config.calibration)
+    if stages & {"statistics", "prune"}:
+        if config.calibration:
+            rows.texts(sources, config.calibration)
+        check_pruning(config, sources)
     if stages & {"recover", "merge"}:
         for index, part in enumerate(config.data):
             if not _train_texts(sources, part):
@@ -47,6 +49,18 @@ def check_model(config: RunConfig, sources: Sources) -> None:
     if not any(folder.glob("*.safetensors")):
         remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"model.source: {config.model.source} has no .safetensors weights; {remedy}")
+
+
+def check_pruning(config: RunConfig, sources: Sources) -> None:
+    """Refuse a ratio, shape or compensation that the model's config alone shows to be impossible."""
+    from pruning.prune import foresee  # torch comes in here, as something has to be built
+
+    assert config.pruning is not None
+    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    try:
+        foresee(said, config.pruning)
+    except ValueError as error:
+        raise ConfigError(f"pruning.{error}") from error
 
 
 def check_leaks(config: RunConfig, sources: Sources) -> None:

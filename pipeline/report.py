@@ -121,6 +121,7 @@ def _stage(step: Step, artifact: Artifact, status: str) -> dict[str, Any]:
         "stage": step.stage,
         "model": step.model,
         "suite": step.scored.name if step.scored else None,
+        "statistic": step.statistic.name if step.statistic else None,
         "key": artifact.key,
         "status": status,
         "seconds": manifest["seconds"],

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import suites
@@ -25,12 +26,14 @@ from pipeline.steps import Step
 from pipeline.store import Store, Workspace
 from pruning import checkpoint
 from pruning.prune import prune
+from pruning.statistics import measure
 from recovery import inject
 from recovery.data import Example
 from recovery.merge import merge
 from recovery.train import train
 
 Progress = Callable[[int, int, str], None]
+STATISTICS = "statistics.safetensors"
 MERGE_CHECK_TOKENS = 256  # real tokens on which the adapted and the merged model are compared
 MERGE_TOLERANCE = 1e-3  # of logits, in float32; rounding to 16 bits moves them by more, which is recorded
 
@@ -47,7 +50,13 @@ class Runner:
 
     def build(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         """Build one step into `workspace.out`. Returns what its manifest shall say."""
-        builders = {"prune": self._prune, "recover": self._recover, "merge": self._merge, "evaluate": self._evaluate}
+        builders = {
+            "statistics": self._statistics,
+            "prune": self._prune,
+            "recover": self._recover,
+            "merge": self._merge,
+            "evaluate": self._evaluate,
+        }
         return builders[step.stage](step, workspace)
 
     def folder(self, step: Step) -> Path:
@@ -62,16 +71,38 @@ class Runner:
         model = checkpoint.load(folder, dtype=dtype, device=device(self.config.runtime.device))
         return model, checkpoint.load_tokenizer(folder)
 
+    def _statistics(self, step: Step, workspace: Workspace) -> dict[str, Any]:
+        assert step.statistic is not None
+        model, tokenizer = self._load(self.folder(step))
+        windows, _ = self._windows(tokenizer)
+        found = measure(model, windows, [step.statistic], self.progress)
+        save_file({name: values.contiguous() for name, values in found.items()}, workspace.out / STATISTICS)
+        return {"report": {"tokens": windows.numel()}}
+
     def _prune(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert self.config.pruning is not None
-        assert self.config.calibration is not None
         model, tokenizer = self._load(self.folder(step))
-        texts = rows.texts(self.sources, self.config.calibration)
-        windows = calibration.windows(tokenizer, texts, self.config.calibration)
-        result = prune(model, torch.tensor(windows), self.config.pruning, self.progress)
+        statistics: dict[str, torch.Tensor] = {}
+        for measured in step.inputs:
+            statistics |= load_file(self.store.folder("statistics", measured.key) / STATISTICS)
+        windows, others = self._windows(tokenizer) if self.config.calibration else (None, None)
+        result = prune(model, windows, self.config.pruning, statistics, others, self.progress)
         checkpoint.save(result.model, tokenizer, workspace.out / "model")
-        checkpoint.write_structures(workspace.out, result.kept, result.widths)
+        checkpoint.write_structures(workspace.out, result.kept, result.original)
         return {"report": result.report}
+
+    def _windows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+        """Calibration tokens of the criterion and of the compensation. Both are drawn before anything is measured."""
+        assert self.config.calibration is not None
+        assert self.config.pruning is not None
+        own = self.config.pruning.compensation
+        changed = {name: value for name in ("samples", "length") if (value := getattr(own, name))}
+        texts = rows.texts(self.sources, self.config.calibration)
+        first, second = (
+            torch.tensor(calibration.windows(tokenizer, texts, self.config.calibration.model_copy(update=update)))
+            for update in ({}, changed)
+        )
+        return first, second
 
     def _recover(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert self.config.recovery is not None

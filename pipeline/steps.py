@@ -1,6 +1,6 @@
 """The stages of a run and their keys, from the config alone: nothing here builds anything or imports torch.
 
-    prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
+    statistics ── prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
 
 `material` is what a key is the digest of: the stage and its version, the method's name and version, the stage's whole
 config, and the keys of its inputs. Device, threads and batch size of evaluation are not in it.
@@ -15,21 +15,25 @@ from pipeline.config import PerplexityConfig, RunConfig, SuiteConfig
 from pipeline.keys import KEY_LENGTH, digest
 from pipeline.sources import Sources
 from pruning import criteria
+from pruning.config import Statistic
 from recovery import adapters
 
-STAGES = ("prune", "recover", "merge", "evaluate")
-VERSIONS = {"prune": 1, "recover": 1, "merge": 1, "evaluate": 1}  # raise one when its code gives other results
+STAGES = ("statistics", "prune", "recover", "merge", "evaluate")
+# Raise one when its code gives other results.
+VERSIONS = {"statistics": 1, "prune": 2, "recover": 1, "merge": 1, "evaluate": 1}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One cached unit of work. `model` says which of the run's models it reads, `scored` what it scores it on."""
+    """One cached unit of work. `model` says which of the run's models it reads, `scored` what it scores it on, and
+    `statistic` what it measures."""
 
     stage: str
     material: dict[str, Any]
     inputs: tuple["Step", ...] = ()
     model: str = "dense"
     scored: SuiteConfig | PerplexityConfig | None = None
+    statistic: Statistic | None = None
 
     @property
     def key(self) -> str:
@@ -37,7 +41,17 @@ class Step:
 
     @property
     def label(self) -> str:
-        return f"evaluate {self.model} {self.scored.name}" if self.scored else self.stage
+        return label(self.stage, self.model, self.subject)
+
+    @property
+    def subject(self) -> str | None:
+        """The suite, text or statistic that tells steps of one stage apart."""
+        return self.scored.name if self.scored else self.statistic.name if self.statistic else None
+
+
+def label(stage: str, model: str, subject: str | None) -> str:
+    """What a step is called: `prune`, `statistics gradients`, `evaluate pruned piqa`."""
+    return " ".join(filter(None, (stage, model if stage == "evaluate" else None, subject)))
 
 
 def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
@@ -46,8 +60,10 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
     steps: list[Step] = []
     models: list[tuple[str, Step | None]] = [("dense", None)]
     base: Step | None = None
-    if config.pruning and config.calibration:
-        base = Step("prune", _prune(config, sources, dense))
+    if config.pruning:
+        for statistic in criteria.statistics(config.pruning):
+            steps.append(Step("statistics", _statistics(config, sources, dense, statistic), statistic=statistic))
+        base = Step("prune", _prune(config, sources, dense, steps), tuple(steps))
         steps.append(base)
         models.append(("pruned", base))
     if config.recovery:
@@ -73,15 +89,24 @@ def _identity(dense: dict[str, Any], made_by: Step | None) -> Any:
     return made_by.key if made_by else dense
 
 
-def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict[str, Any]:
-    assert config.pruning is not None
+def _statistics(config: RunConfig, sources: Sources, dense: dict[str, Any], statistic: Statistic) -> dict[str, Any]:
     assert config.calibration is not None
+    measured = {"name": statistic.name, "options": dict(statistic.options)}
+    calibration = rows.material(sources, config.calibration)
+    return {**_head("statistics"), **measured, "calibration": calibration, "model": dense}
+
+
+def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any], statistics: list[Step]) -> dict[str, Any]:
+    assert config.pruning is not None
     method = criteria.load(config.pruning.method)
+    # Calibration text is part of the statistics' keys; here only what pruning itself runs on it counts.
+    text = config.calibration if config.pruning.runs_on_text else None
     return {
         **_head("prune"),
         "method_version": method.VERSION,
         "config": config.pruning.model_dump(mode="json"),
-        "calibration": rows.material(sources, config.calibration),
+        "calibration": rows.material(sources, text) if text else None,
+        "statistics": [step.key for step in statistics],
         "model": dense,
     }
 

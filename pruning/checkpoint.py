@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pruning.allocation import Kept
+from pruning.architecture import Architecture
 from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.structures import Kept
 
 STRUCTURES = "structures.json"
 
@@ -56,13 +57,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, config=config)
 
 
-def write_structures(folder: Path, kept: list[Kept], widths: list[dict[str, int]]) -> None:
-    """Write `structures.json`: for each layer and kind the kept indices in the original model's numbering.
+def write_structures(folder: Path, kept: Kept, original: Architecture) -> None:
+    """Write `structures.json`: what stayed, by indices in the original model's numbering.
 
-    {"format": 1, "layers": [{"ffn": {"of": 1536, "kept": [0, 2, ...]}, "attention": {"of": 3, "kept": [0, 2]}}]}
+    {"format": 2, "hidden": {"of": 576, "kept": [...]}, "layers": [{"layer": 0, "ffn": {"of": 1536, "kept": [...]},
+    "attention": {"of": 3, ...}, "heads": {"of": 9, ...}}], "of_layers": 30}
     """
-    layers = [
-        {kind: {"of": of[kind], "kept": indices} for kind, indices in layer.items()}
-        for layer, of in zip(kept, widths, strict=True)
-    ]
-    (folder / STRUCTURES).write_text(json.dumps({"format": 1, "layers": layers}), encoding="utf-8")
+    layers: list[dict[str, Any]] = []
+    for keep in kept.layers:
+        old = original.layers[keep.index]
+        counts = (("ffn", old.ffn), ("attention", old.groups), ("heads", old.groups * old.heads))
+        layers.append({"layer": keep.index} | {kind: {"of": of, "kept": getattr(keep, kind)} for kind, of in counts})
+    hidden = {"of": original.hidden, "kept": kept.hidden}
+    said = {"format": 2, "of_layers": len(original.layers), "hidden": hidden, "layers": layers}
+    (folder / STRUCTURES).write_text(json.dumps(said), encoding="utf-8")

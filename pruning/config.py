@@ -1,49 +1,123 @@
-"""What every pruning method is told: how much, which structures, and the shape the result may have."""
+"""What every pruning method is told: how much, which structures, which shape, and what makes up for the loss."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Decoder-only models whose layers are LLaMA's: RMSNorm, rotary attention with grouped heads, gated FFN.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RegrowForCausalLM")
 
-Kind = Literal["ffn", "attention"]
+Kind = Literal["ffn", "attention", "heads", "hidden", "layers"]
+DepthMethod = Literal["block_influence", "shortened"]
 
 
-class Protect(BaseModel):
-    """Layers that keep their width: the first and the last so many."""
+@dataclass(frozen=True)
+class Statistic:
+    """Something measured on calibration text that a method asks for; the name is a function of `pruning.statistics`.
+
+    Its options and the calibration text are its identity: methods that ask for the same share one measurement.
+    """
+
+    name: Literal["activations", "gradients", "ablation"]
+    options: tuple[tuple[str, bool], ...] = ()
+
+
+class Section(BaseModel):
+    """Values never change; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Protect(Section):
+    """Layers that keep their width and their place: the first and the last so many."""
 
     first: int = Field(default=0, ge=0)
     last: int = Field(default=0, ge=0)
 
 
-class PruningConfig(BaseModel):
+class Depth(Section):
+    """Whole layers that go before the widths are cut: how many, and the criterion that ranks them."""
+
+    layers: int = Field(ge=1)
+    method: DepthMethod = "block_influence"
+
+
+class Compensation(Section):
+    """What the kept weights of o_proj and down_proj do about the removed ones.
+
+    `bias` adds the removed channels' mean contribution as a bias (FLAP). `least_squares` refits the kept weights so
+    that each projection's output on calibration text stays; `ridge` times the mean of the Gram matrix' diagonal pulls
+    the solution towards the original weights. `samples` and `length` of calibration text, where it should see other
+    windows than the criterion does.
+    """
+
+    method: Literal["none", "bias", "least_squares"] = "none"
+    ridge: float = Field(default=0.01, gt=0)
+    samples: int | None = Field(default=None, ge=1)
+    length: int | None = Field(default=None, ge=2)
+
+
+def _named(value: object) -> object:
+    return {"method": value} if isinstance(value, str) else value
+
+
+CompensationOrName = Annotated[Compensation, BeforeValidator(_named)]
+
+
+class PruningConfig(Section):
     """Base of every criterion's `Config`.
 
     `ratio` is the fraction of all the model's parameters to remove, embeddings counted (tied ones once).
-    `shape: uniform` gives every layer the same widths, so that stock transformers load the result; `free` lets
-    protected layers keep theirs, and needs the modeling file that is saved beside the weights.
+    `structures`: `ffn` channels, `attention` groups (a key-value head with its query heads), query `heads` (the same
+    number from every group), `hidden` channels (one width for the whole model) or whole `layers`.
+    `shape: uniform` gives every layer the same widths, so that stock transformers load the result; `free` lets layers
+    differ, and needs the modeling file that is saved beside the weights. `allocation: uniform` takes the same fraction
+    from every layer, `global` ranks the structures of all layers together, a list gives each layer's relative share.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
     ratio: float = Field(gt=0, lt=1, description="fraction of the model's parameters to remove")
     shape: Literal["uniform", "free"] = "uniform"
     structures: tuple[Kind, ...] = Field(default=("ffn", "attention"), min_length=1)
+    allocation: Literal["uniform", "global"] | tuple[Annotated[float, Field(ge=0)], ...] = "uniform"
     protect: Protect = Protect()
-    round_to: int = Field(default=1, ge=1, description="kept FFN channels are a multiple of this")
+    depth: Depth | None = None
+    steps: int = Field(default=1, ge=1, description="prune in so many equal steps, measuring anew before each")
+    round_to: int = Field(default=1, ge=1, description="kept FFN and hidden channels are a multiple of this")
+    compensation: CompensationOrName = Compensation()
     seed: int = 0
+
+    @property
+    def runs_on_text(self) -> bool:
+        """Whether pruning itself, beyond the first statistics, needs calibration text."""
+        return self.steps > 1 or self.compensation.method == "least_squares"
 
     @model_validator(mode="after")
     def _possible(self) -> "PruningConfig":
-        if self.shape == "uniform" and (self.protect.first or self.protect.last):
-            raise ValueError(
-                "protect: protected layers keep their width, which makes the model non-uniform; "
-                "set shape: free, or protect to nothing"
-            )
+        width = [kind for kind in self.structures if kind != "layers"]
         if len(set(self.structures)) != len(self.structures):
             raise ValueError(f"structures: each kind once, not {', '.join(self.structures)}")
+        if "layers" in self.structures and width:
+            raise ValueError("structures: layers cannot stand beside widths; set depth: {layers: N} to cut both")
+        if self.shape == "uniform" and width:
+            if self.protect.first or self.protect.last:
+                raise ValueError(
+                    "protect: protected layers keep their width, which makes the model non-uniform; "
+                    "set shape: free, or protect to nothing"
+                )
+            if self.allocation != "uniform":
+                raise ValueError("allocation: layers of different widths make the model non-uniform; set shape: free")
+        if self.allocation == "global" and (other := set(self.structures) - {"ffn", "attention"}):
+            raise ValueError(f"allocation: global ranks ffn and attention structures, not {', '.join(sorted(other))}")
+        if self.depth and not isinstance(self.allocation, str):
+            raise ValueError(
+                "allocation: a list of shares cannot stand beside depth: which layers stay is not known yet"
+            )
+        if "layers" in self.structures and self.compensation.method == "bias":
+            raise ValueError("compensation: bias replaces removed channels, and whole layers remove none")
+        if "layers" in self.structures and self.steps > 1:
+            raise ValueError("steps: whole layers go in one step")
+        if "layers" in self.structures and (self.depth or self.allocation != "uniform"):
+            raise ValueError("structures: [layers] needs neither depth nor allocation; ratio says how many go")
         return self

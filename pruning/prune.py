@@ -1,59 +1,141 @@
-"""Pruning: score, allocate, cut."""
+"""Pruning: measure, score, allocate, cut, compensate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning import criteria
-from pruning.allocation import Kept, allocate
+from pruning.allocation import allocate, keep_all, lowest_layers, plan_shapes, standardise
+from pruning.architecture import Architecture
+from pruning.compensation import cut_with
 from pruning.config import PruningConfig
-from pruning.structures import count_parameters, decoder_layers, widths
-from pruning.surgery import cut
+from pruning.statistics import measure
+from pruning.structures import Kept, KeptLayer, Scores, Vectors, architecture, count_parameters
+from pruning.surgery import target
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """`kept`: indices of the kept structures by layer and kind, in the original numbering; `widths`: out of how many.
+    """`kept`: what stayed, in the numbering of the model of shape `original`.
 
-    `report`: parameters before and after, the ratio asked and reached, and the widths of each layer.
+    `report`: parameters before and after, the ratio asked and reached, and the shape of each layer.
     """
 
     model: PreTrainedModel
-    kept: list[Kept]
-    widths: list[dict[str, int]]
+    kept: Kept
+    original: Architecture
     report: dict[str, Any]
 
 
 def prune(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     config: PruningConfig,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    statistics: Vectors | None = None,
+    compensation_ids: Tensor | None = None,
+    progress: Progress = lambda done, total, note: None,
 ) -> PruneResult:
     """Remove `config.ratio` of the model's parameters by the criterion that `config.method` names.
 
-    `input_ids`: calibration tokens [samples, length]. Consumes `model`. Raises ValueError, with the model whole,
-    when it is not LLaMA-like, when scores are not finite, or when the ratio cannot be reached.
+    `input_ids`: calibration tokens [samples, length], None where nothing runs on text; `statistics`: what `measure`
+    found on them for `criteria.statistics(config)`, measured here if not given; `compensation_ids`: other tokens for
+    the compensation. Consumes `model`. Raises ValueError, with nothing cut, when the model is not LLaMA-like, numbers
+    are not finite, or the ratio cannot be reached.
     """
-    layers = decoder_layers(model)
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-        raise ValueError(f"calibration tokens have shape {list(input_ids.shape)}; [samples, length >= 2] is needed")
-    before = count_parameters(model)
-    sizes = [widths(layer) for layer in layers]
+    original, before, asked = architecture(model), count_parameters(model), criteria.statistics(config)
+    if original.parameters() != before:
+        raise ValueError(f"the model has {before} parameters where its config says {original.parameters()}")
+    if input_ids is None and (config.runs_on_text or (asked and statistics is None)):
+        raise ValueError(f"{config.method} needs calibration tokens")
     model.eval()
-    scores = criteria.load(config.method).scores(model, input_ids, config, progress)
-    kept = allocate(model, scores, config)
-    pruned = cut(model, kept)
-    after = count_parameters(pruned)
-    left = [widths(layer) for layer in decoder_layers(pruned)]
+    goal, kept = round((1 - config.ratio) * before), keep_all(original)
+    start, shape, planned = before, original, original
+    for step in range(config.steps):
+        if statistics is None:
+            statistics = measure(model, input_ids, asked, progress)
+        staying = list(range(len(shape.layers)))
+        if step == 0 and config.depth:
+            ranked = criteria.load(config.depth.method).scores(model, statistics, config)
+            staying = lowest_layers(ranked["layers"][0], config.depth.layers, config)
+            planned = _with_layers(original, staying)
+            start = planned.parameters()
+        scores = _scores(model, statistics, config, staying)
+        target_now = start - round((start - goal) * (step + 1) / config.steps)
+        found = allocate(planned, _with_layers(shape, staying), scores, config, target_now)
+        found = Kept([_renumbered(layer, staying) for layer in found.layers], found.hidden)
+        ids = input_ids if compensation_ids is None else compensation_ids
+        model = cut_with(model, found, config, statistics, ids, progress)
+        kept, shape, statistics = _composed(kept, found), architecture(model), None
+    after = count_parameters(model)
     report = {
         "parameters_before": before,
         "parameters_after": after,
         "ratio": config.ratio,
         "ratio_reached": 1 - after / before,
-        "widths": [{"ffn": size.ffn, "attention": size.attention} for size in left],
+        "hidden": shape.hidden,
+        "layers": [
+            {"layer": layer.index, "ffn": size.ffn, "groups": size.groups, "heads": size.groups * size.heads}
+            for layer, size in zip(kept.layers, shape.layers, strict=True)
+        ],
     }
-    return PruneResult(pruned, kept, [{"ffn": s.ffn, "attention": s.attention} for s in sizes], report)
+    return PruneResult(model, kept, original, report)
+
+
+def foresee(said: dict[str, Any], config: PruningConfig) -> None:
+    """Raise ValueError where the entries of a `config.json` alone tell that a model cannot be pruned as asked."""
+    (name,) = said["architectures"]
+    shape = Architecture.read(said)
+    parameters, goal = shape.parameters(), round((1 - config.ratio) * shape.parameters())
+    staying = list(range(len(shape.layers)))
+    if config.depth:
+        staying = lowest_layers(torch.zeros(len(staying)), config.depth.layers, config)
+    left = _with_layers(shape, staying)
+    if left.parameters() < goal:
+        share = 1 - left.parameters() / parameters
+        raise ValueError(f"depth: {config.depth} takes {share:.1%} of the parameters, more than ratio: {config.ratio}")
+    shapes, hidden = list(left.layers), shape.hidden
+    if config.allocation == "global":
+        shapes[0] = replace(shapes[0], ffn=shapes[0].ffn - 1)  # layers will differ
+    elif "layers" not in config.structures:
+        shapes, hidden = plan_shapes(left, config, goal)
+    biased, free = config.compensation.method == "bias", config.shape == "free"
+    target(name, said, shapes, staying, hidden, biased, free)
+
+
+def _scores(model: PreTrainedModel, statistics: Vectors, config: PruningConfig, staying: list[int]) -> Scores:
+    """The criterion's scores of the layers that stay, on one scale where layers are ranked together."""
+    criterion: Any = criteria.load(config.method)
+    scores: Scores = criterion.scores(model, statistics, config)
+    if config.allocation == "global" and not getattr(criterion, "COMPARABLE", False):
+        scores = standardise(scores)
+    whole = ("hidden", "layers")  # kinds with one tensor for the model
+    return {kind: found if kind in whole else [found[index] for index in staying] for kind, found in scores.items()}
+
+
+def _with_layers(shape: Architecture, indices: list[int]) -> Architecture:
+    return shape.with_layers([shape.layers[index] for index in indices])
+
+
+def _renumbered(layer: KeptLayer, staying: list[int]) -> KeptLayer:
+    return KeptLayer(staying[layer.index], layer.ffn, layer.attention, layer.heads)
+
+
+def _composed(first: Kept, second: Kept) -> Kept:
+    """What stays after two cuts, in the numbering before the first."""
+    layers = [
+        KeptLayer(
+            old.index,
+            [old.ffn[unit] for unit in new.ffn],
+            [old.attention[unit] for unit in new.attention],
+            [old.heads[unit] for unit in new.heads],
+        )
+        for new in second.layers
+        for old in [first.layers[new.index]]
+    ]
+    return Kept(layers, [first.hidden[channel] for channel in second.hidden])

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pruning.config import Kind, PruningConfig
+from pruning.config import PruningConfig, Statistic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-VERSION = 1
+    from pruning.structures import Scores, Vectors
+
+VERSION = 2
 
 
 class Config(PruningConfig):
@@ -24,16 +23,24 @@ class Config(PruningConfig):
     method: Literal["random"] = "random"
 
 
-def scores(
-    model: PreTrainedModel, input_ids: Tensor, config: Config, progress: Callable[[int, int, str], None]
-) -> list[dict[Kind, Tensor]]:
-    """Uniform numbers from a private generator; `input_ids` is not looked at."""
+def statistics(config: Config) -> tuple[Statistic, ...]:
+    """Nothing: calibration text is not looked at."""
+    return ()
+
+
+def scores(model: PreTrainedModel, statistics: Vectors, config: Config) -> Scores:
+    """Uniform numbers from a private generator."""
     import torch
 
-    from pruning.structures import decoder_layers, widths
+    from pruning.structures import architecture
 
+    shape = architecture(model)
     generator = torch.Generator().manual_seed(config.seed)
-    return [
-        {kind: torch.rand(widths(layer).count(kind), generator=generator) for kind in config.structures}
-        for layer in decoder_layers(model)
-    ]
+    counts = {
+        "ffn": [layer.ffn for layer in shape.layers],
+        "attention": [layer.groups for layer in shape.layers],
+        "heads": [layer.groups * layer.heads for layer in shape.layers],
+        "hidden": [shape.hidden],
+        "layers": [len(shape.layers)],
+    }
+    return {kind: [torch.rand(count, generator=generator) for count in counts[kind]] for kind in config.structures}

@@ -29,7 +29,7 @@ def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, mon
     found = steps(path, store=tmp_path)
     labels = [step.label for step in found]
     scored = len(config.evaluation.suites) + len(config.evaluation.perplexity)
-    expected = (["prune"] if config.pruning else []) + ["recover", "merge"]
+    expected = [*(["statistics gradients", "prune"] if config.pruning else []), "recover", "merge"]
     assert labels[: len(expected)] == expected
     assert len(found) == len(expected) + scored * (3 if config.pruning else 2)
     planned = plan(found, Store(tmp_path), tmp_path / "runs")
@@ -54,7 +54,8 @@ def keys(path: Path, *overrides: str, store: Path) -> dict[str, str]:
         ("recovery.adapter.rank=8", {"recover", "merge", "evaluate recovered"}),
         ("recovery.tokens=50_000", {"recover", "merge", "evaluate recovered"}),
         ("pruning.ratio=0.3", {"prune", "recover", "merge", "evaluate pruned", "evaluate recovered"}),
-        ("model.dtype=bfloat16", {"prune", "recover", "merge", "evaluate"}),
+        ("pruning.taylor=vectorize", {"prune", "recover", "merge", "evaluate pruned", "evaluate recovered"}),
+        ("model.dtype=bfloat16", {"statistics", "prune", "recover", "merge", "evaluate"}),
         ("evaluation.limit=7", {"evaluate"}),
         ("runtime.device=cpu", set[str]()),
         ("runtime.evaluation_batch=2", set[str]()),

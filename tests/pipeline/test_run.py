@@ -136,9 +136,29 @@ def test_another_rank_keeps_the_pruned_model_and_the_dense_and_pruned_scores(wor
     assert built == {"recover", "merge", "evaluate recovered piqa", "evaluate recovered text"}
 
 
+def test_other_ratios_and_criteria_share_their_statistics(world: Path):
+    run("--until", "prune")
+    found = statuses(run("--until", "prune", "--set", "pruning.ratio=0.15", "--set", "pruning.taylor=vectorize"))
+    assert found == {"statistics gradients": "cached", "prune": "built"}
+    found = statuses(run("--until", "prune", "--set", "pruning.method=wanda", "--set", "pruning.compensation=bias"))
+    assert found == {"statistics activations": "built", "prune": "built"}
+    found = statuses(run("--until", "prune", "--set", "pruning.method=flap", "--set", "pruning.structures=[ffn]"))
+    assert found == {"statistics activations": "cached", "prune": "built"}
+    result = regrow("prune", "run.yaml", "--set", "pruning.calibration.length=100000")
+    assert result.exit_code == 1
+    assert "windows of 100000 tokens" in result.output
+
+
+def test_what_the_models_config_shows_to_be_impossible_stops_before_any_work(world: Path):
+    result = regrow("prune", "run.yaml", "--set", "pruning.ratio=0.97")
+    assert result.exit_code == 2
+    assert "pruning.ratio: 0.97 cannot be reached" in result.output
+    assert not (world / "store" / "statistics").exists()
+
+
 def test_until_and_force(world: Path):
-    assert set(statuses(run("--until", "recover"))) == {"prune", "recover"}
-    assert json.loads(regrow("prune", "run.yaml", "--json").stdout)["stages"][0]["status"] == "cached"
+    assert set(statuses(run("--until", "recover"))) == {"statistics gradients", "prune", "recover"}
+    assert set(statuses(json.loads(regrow("prune", "run.yaml", "--json").stdout)).values()) == {"cached"}
     run()
     forced = {label for label, status in statuses(run("--force", "merge")).items() if status == "built"}
     assert forced == {"merge", "evaluate recovered piqa", "evaluate recovered text"}
@@ -146,7 +166,7 @@ def test_until_and_force(world: Path):
 
 def test_show_verify_report_and_gc(world: Path):
     results = run()
-    key = results["stages"][0]["key"]
+    key = next(entry["key"] for entry in results["stages"] if entry["stage"] == "prune")
     assert json.loads(regrow("show", key).stdout)["material"]["config"]["ratio"] == 0.1
     assert "0 damaged" in regrow("verify").stdout
     assert regrow("report", "run.yaml", "--format", "json").exit_code == 0

@@ -8,82 +8,129 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pruning import checkpoint, criteria
-from pruning.allocation import plan_widths
+from pruning.allocation import plan_shapes
+from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
-from pruning.prune import PruneResult, prune
-from pruning.structures import Widths, count_parameters, decoder_layers, members, widths
-
-IDS = torch.randint(4, 200, (3, 12), generator=torch.Generator().manual_seed(1))
+from pruning.prune import PruneResult, foresee, prune
+from pruning.statistics import measure
+from pruning.structures import NORMS, count_parameters, decoder_layers
 
 
 def config_of(method: str = "llm_pruner", **options: Any) -> PruningConfig:
     return criteria.load(method).Config(**{"ratio": 0.2, **options})
 
 
-def random_model(kind: str, **options: Any) -> PreTrainedModel:
-    shape = {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 128,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, **options,
-    }  # fmt: skip
-    classes: dict[str, Any] = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    config, model = classes[kind]
-    torch.manual_seed(0)
-    made = model(config(**shape)).eval()
-    for name, parameter in made.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)  # zero biases would hide a wrong slice
-    return made
-
-
-def masked_logits(model: PreTrainedModel, result: PruneResult) -> torch.Tensor:
-    """The dense model's logits with the output columns of every removed structure set to zero."""
+def masked_logits(model: PreTrainedModel, result: PruneResult, ids: torch.Tensor) -> torch.Tensor:
+    """The dense model's logits with every removed structure set to zero where it would write."""
+    decoder: Any = model.get_decoder()
+    hidden = [channel for channel in range(model.config.hidden_size) if channel not in result.kept.hidden]
+    keeps = {keep.index: keep for keep in result.kept.layers}
     with torch.no_grad():
-        for layer, kept in zip(decoder_layers(model), result.kept, strict=True):
-            for kind, indices in kept.items():
-                member = members(layer, kind)[-1]
-                assert member.dimension == 1
-                for unit in set(range(member.linear.in_features // member.size)) - set(indices):
-                    member.linear.weight[:, unit * member.size : (unit + 1) * member.size] = 0
-        return model(input_ids=IDS).logits
+        decoder.embed_tokens.weight[:, hidden] = 0
+        for index, layer in enumerate(decoder.layers):
+            o, down = layer.self_attn.o_proj, layer.mlp.down_proj
+            for linear in (o, down):
+                linear.weight[hidden] = 0
+            if index not in keeps:
+                o.weight.zero_()
+                down.weight.zero_()
+                continue
+            heads = o.in_features // 8
+            for head in set(range(heads)) - set(keeps[index].heads):
+                o.weight[:, head * 8 : head * 8 + 8] = 0
+            for channel in set(range(down.in_features)) - set(keeps[index].ffn):
+                down.weight[:, channel] = 0
+        return model(input_ids=ids).logits
+
+
+KINDS = [
+    {"structures": ("ffn",)},
+    {"structures": ("attention",), "ratio": 0.1},
+    {"structures": ("heads", "ffn"), "ratio": 0.3},
+    {"structures": ("ffn", "attention"), "ratio": 0.3},
+    {"structures": ("ffn", "attention", "heads"), "ratio": 0.4},
+    {"structures": ("hidden",)},
+    {"structures": ("hidden", "ffn", "attention", "heads"), "ratio": 0.5},
+    {"structures": ("layers",), "ratio": 0.4},
+    {"structures": ("ffn",), "depth": {"layers": 1}, "ratio": 0.3},
+    {"structures": ("ffn", "attention"), "steps": 3, "ratio": 0.3},
+]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_pruned_equals_dense_with_the_removed_structures_masked(kind: str, tied: bool):
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
+def test_pruned_equals_dense_with_the_removed_structures_masked(
+    random_model: Any, ids: torch.Tensor, kind: str, tied: bool, options: dict[str, Any]
+):
+    if options["structures"] == ("attention",):
+        options = {**options, "ratio": removed(random_model(kind, tie_word_embeddings=tied), groups=1)}
     dense, model = (random_model(kind, tie_word_embeddings=tied) for _ in range(2))
-    result = prune(model, IDS, config_of(ratio=0.3))
-    assert result.report["widths"][0]["attention"] < 4
-    expected = masked_logits(dense, result)
-    torch.testing.assert_close(result.model(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    result = prune(model, ids, config_of(**options))
+    assert result.report["parameters_after"] == count_parameters(result.model) < count_parameters(dense)
+    expected = masked_logits(dense, result, ids)
+    torch.testing.assert_close(result.model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_free_shape_keeps_protected_layers_whole():
-    dense, model = random_model("llama"), random_model("llama")
-    result = prune(model, IDS, config_of(ratio=0.1, shape="free", protect={"first": 1, "last": 1}))
-    assert result.report["widths"][0] == result.report["widths"][2] == {"ffn": 48, "attention": 4}
-    assert result.report["widths"][1]["ffn"] < 48
-    torch.testing.assert_close(result.model(input_ids=IDS).logits, masked_logits(dense, result), rtol=0, atol=1e-5)
+def removed(model: PreTrainedModel, groups: int) -> float:
+    """The share of the model's parameters that so many key-value groups of every layer hold."""
+    attention = decoder_layers(model)[0].self_attn
+    each = sum(p.numel() for name, p in attention.named_parameters() if "norm" not in name and name != "o_proj.bias")
+    return groups / 4 * each * len(decoder_layers(model)) / count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"protect": {"first": 1, "last": 1}, "ratio": 0.1},
+        {"allocation": "global"},
+        {"allocation": (0.5, 1, 2, 0), "structures": ("ffn",), "ratio": 0.1},
+        {"allocation": "global", "depth": {"layers": 1}, "ratio": 0.3},
+        {"protect": {"first": 1, "last": 0}, "structures": ("heads", "ffn"), "steps": 2},
+        {"allocation": "global", "method": "flap"},
+    ],
+    ids=str,
+)
+def test_free_shapes_equal_the_masked_model_and_load_again(
+    random_model: Any, ids: torch.Tensor, options: dict[str, Any], tmp_path: Path
+):
+    dense, model = random_model(), random_model()
+    result = prune(model, ids, config_of(**{"shape": "free", "compensation": "none", **options}))
+    assert type(result.model).__name__ == "RegrowForCausalLM"
+    assert abs(result.report["ratio_reached"] - options.get("ratio", 0.2)) <= 0.005
+    logits = result.model(input_ids=ids).logits
+    torch.testing.assert_close(logits, masked_logits(dense, result, ids), rtol=0, atol=1e-5)
+    checkpoint.save(result.model, None, tmp_path)
+    again = checkpoint.load(tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, logits)
+    assert Architecture.read(json.loads((tmp_path / "config.json").read_text())).parameters() == count_parameters(again)
+
+
+def test_protected_layers_stay_whole_and_shares_scale_the_others(random_model: Any, ids: torch.Tensor):
+    free = {"shape": "free", "structures": ("ffn",)}
+    layers = prune(random_model(), ids, config_of(**free, ratio=0.1, protect={"first": 1, "last": 1})).report["layers"]
+    assert [layer["ffn"] for layer in layers][::3] == [48, 48]
+    assert layers[1]["ffn"] == layers[2]["ffn"] < 48
+    layers = prune(random_model(), ids, config_of(**free, ratio=0.1, allocation=(0, 1, 2, 0))).report["layers"]
+    lost = [48 - layer["ffn"] for layer in layers]
+    assert lost[0] == lost[3] == 0
+    assert lost[2] == pytest.approx(2 * lost[1], abs=1)
+
+
+def test_a_global_allocation_takes_the_lowest_standardised_scores(random_model: Any, ids: torch.Tensor):
+    config = config_of("magnitude", shape="free", allocation="global", structures=("ffn",), ratio=0.15)
+    model = random_model()
+    scores = criteria.load("magnitude").scores(model, {}, config)["ffn"]
+    flat = torch.cat([(values - values.mean()) / values.std(correction=0) for values in scores])
+    result = prune(model, None, config)
+    kept = torch.zeros(4 * 48, dtype=torch.bool)
+    for keep in result.kept.layers:
+        kept[[keep.index * 48 + unit for unit in keep.ffn]] = True
+    assert float(flat[kept].min()) >= float(flat[~kept].max())
+    assert len({layer["ffn"] for layer in result.report["layers"]}) > 1
 
 
 LOAD = """
@@ -102,18 +149,27 @@ print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
     [
         ({"structures": ("ffn",)}, "LlamaForCausalLM"),
         ({}, "MistralForCausalLM"),  # 6 of 8 heads are left, which do not divide a hidden size of 32
+        ({"structures": ("hidden",), "round_to": 8}, "LlamaForCausalLM"),
+        ({"structures": ("layers",)}, "LlamaForCausalLM"),
+        ({"structures": ("ffn",), "compensation": "bias"}, "LlamaForCausalLM"),
         ({"shape": "free", "protect": {"first": 1, "last": 0}}, "RegrowForCausalLM"),
+        ({"shape": "free", "allocation": "global", "compensation": "bias"}, "RegrowForCausalLM"),
     ],
 )
 def test_a_saved_model_loads_without_regrow(
-    tmp_path: Path, tiny_tokenizer: Any, options: dict[str, Any], expected: str
+    random_model: Any,
+    ids: torch.Tensor,
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    options: dict[str, Any],
+    expected: str,
 ):
-    result = prune(random_model("llama"), IDS, config_of(**options))
+    result = prune(random_model(), ids, config_of(**options))
     assert type(result.model).__name__ == expected
     checkpoint.save(result.model, tiny_tokenizer, tmp_path / "model")
 
     again = checkpoint.load(tmp_path / "model")
-    assert torch.equal(again(input_ids=IDS).logits, result.model(input_ids=IDS).logits)
+    assert torch.equal(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
     assert checkpoint.load_tokenizer(tmp_path / "model")("a b")["input_ids"] == tiny_tokenizer("a b")["input_ids"]
 
     remote = "remote" if expected == "RegrowForCausalLM" else "stock"
@@ -146,76 +202,178 @@ def test_published_parameter_counts(anchor: tuple[int, ...]):
             num_attention_heads=heads, num_key_value_heads=groups, head_dim=head,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
-    assert count_parameters(model) == before
-    size = widths(decoder_layers(model)[0])
-    shape = {"shape": "free", "protect": {"first": first, "last": last}}
-    dropped = plan_widths([size] * layers, before, config_of(ratio=1 - after / before, **shape))
-    assert dropped[0] == {"ffn": 0, "attention": 0}
-    assert dropped[first] == {"ffn": ffn - kept_ffn, "attention": groups - kept_groups}
-    freed = sum(drop["ffn"] * size.ffn_cost + drop["attention"] * size.attention_cost for drop in dropped)
-    assert before - freed == after
+    shape = Architecture.read(config.to_dict())
+    assert count_parameters(model) == shape.parameters() == before
+    settings = config_of(ratio=0.3, shape="free", protect={"first": first, "last": last})
+    planned, _ = plan_shapes(shape, settings, after)
+    assert planned[0] == shape.layers[0]
+    assert planned[first] == LayerShape(kept_ffn, kept_groups, heads // groups)
+    assert shape.with_layers(planned).parameters() == after
 
 
+# SmolLM2-135M: d 576, 3 groups of 3 heads of 64, f 1536, tied
+SMOL = Architecture.read(
+    {
+        "model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True,
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden",), ("hidden", "ffn")])
 @pytest.mark.parametrize("ratio", [0.05, 0.13, 0.2, 0.35, 0.5, 0.6])
-def test_the_ratio_is_hit_within_half_a_percent_of_the_model(ratio: float):
-    # SmolLM2-135M's layers: d 576, 3 groups of 3 heads of 64, f 1536
-    size = Widths(ffn=1536, attention=3, ffn_cost=3 * 576, attention_cost=2 * 576 * 64 * 4)
-    (drop, *rest) = plan_widths([size] * 30, 134_515_008, config_of(ratio=ratio))
-    assert all(other == drop for other in rest)
-    removed = 30 * (drop["ffn"] * 1728 + drop["attention"] * 294_912)
-    assert removed / 134_515_008 == pytest.approx(ratio, abs=0.005)
+def test_the_ratio_is_hit_within_half_a_percent_of_the_model(ratio: float, structures: tuple[str, ...]):
+    assert SMOL.parameters() == 134_515_008
+    target = round((1 - ratio) * SMOL.parameters())
+    shapes, hidden = plan_shapes(SMOL, config_of(ratio=ratio, structures=structures), target)
+    assert all(shape == shapes[0] for shape in shapes)
+    size = shapes[0]
+    attention = 2 * hidden * 64 * size.groups * (size.heads + 1)
+    left = 49152 * hidden + hidden + 30 * (attention + 3 * hidden * size.ffn + 2 * hidden)
+    assert 1 - left / SMOL.parameters() == pytest.approx(ratio, abs=0.005)
 
 
 def test_kept_widths_are_rounded_when_asked():
-    size = Widths(ffn=1536, attention=3, ffn_cost=1728, attention_cost=294_912)
-    drop = plan_widths([size] * 30, 134_515_008, config_of(ratio=0.2, round_to=256))[0]
-    assert (1536 - drop["ffn"]) % 256 == 0
+    target = round(0.8 * SMOL.parameters())
+    shapes, _ = plan_shapes(SMOL, config_of(round_to=256), target)
+    assert shapes[0].ffn % 256 == 0
+    _, hidden = plan_shapes(SMOL, config_of(structures=("hidden",), round_to=32), target)
+    assert hidden % 32 == 0
+    assert hidden < 576
+
+
+def sizes(kind: str) -> list[int]:
+    return {"hidden": [32], "layers": [4], "ffn": [48] * 4, "attention": [4] * 4, "heads": [8] * 4}[kind]
+
+
+def can_score(method: str, kind: str) -> bool:
+    """Whole-model kinds need sums over all coupled weights; depth methods know layers only."""
+    if method in ("block_influence", "shortened"):
+        return kind == "layers"
+    return method in ("random", "magnitude", "llm_pruner") or kind in ("ffn", "attention", "heads")
 
 
 @pytest.mark.parametrize("method", criteria.names())
-def test_every_criterion_scores_each_structure_and_repeats_itself(method: str, tmp_path: Path):
-    config = config_of(method)
-    results = [prune(random_model("llama"), IDS, config) for _ in range(2)]
-    assert results[0].kept == results[1].kept
+@pytest.mark.parametrize("kind", ["ffn", "attention", "heads", "hidden", "layers"])
+def test_every_criterion_scores_each_structure_and_repeats_itself(
+    random_model: Any, ids: torch.Tensor, method: str, kind: str, tmp_path: Path
+):
     module = criteria.load(method)
-    for scores in module.scores(random_model("llama"), IDS, config, lambda done, total, note: None):
-        assert {kind: len(values) for kind, values in scores.items()} == {"ffn": 48, "attention": 4}
-        assert all(values.isfinite().all() and values.dtype == torch.float32 for values in scores.values())
+    options = {"protect": {"first": 0, "last": 0}, "ratio": 0.18} if kind == "layers" else {"round_to": 8}
+    options |= {"structures": (kind, "ffn") if kind in ("attention", "heads") else (kind,), "compensation": "none"}
+    if not can_score(method, kind):
+        with pytest.raises(ValidationError, match="structures"):
+            config_of(method, **options)
+        return
+    config = config_of(method, **options)
+    results = [prune(random_model(), ids, config) for _ in range(2)]
+    assert results[0].kept == results[1].kept
+    found = measure(random_model(), ids, module.statistics(config), lambda done, total, note: None)
+    scores = module.scores(random_model(), found, config)
+    assert [len(values) for values in scores[kind]] == sizes(kind)
+    assert all(values.isfinite().all() for values in scores[kind])
     report = results[0].report
     assert report["parameters_after"] == count_parameters(results[0].model)
-    assert abs(report["ratio_reached"] - 0.2) <= 0.005
     checkpoint.save(results[0].model, None, tmp_path / "model")
     saved = checkpoint.load(tmp_path / "model")
-    assert torch.equal(saved(input_ids=IDS).logits, results[0].model(input_ids=IDS).logits)
+    assert torch.equal(saved(input_ids=ids).logits, results[0].model(input_ids=ids).logits)
     assert module.__doc__
     assert isinstance(module.VERSION, int)
 
 
-def test_structures_are_written_in_the_original_numbering(tmp_path: Path):
-    result = prune(random_model("llama"), IDS, config_of())
-    checkpoint.write_structures(tmp_path, result.kept, result.widths)
+def test_structures_are_written_in_the_original_numbering(random_model: Any, ids: torch.Tensor, tmp_path: Path):
+    result = prune(random_model(), ids, config_of("random", depth={"layers": 2}, ratio=0.5))
+    checkpoint.write_structures(tmp_path, result.kept, result.original)
     said = json.loads((tmp_path / "structures.json").read_text())
+    assert said["of_layers"] == 4
+    assert said["hidden"] == {"of": 32, "kept": list(range(32))}
+    assert [layer["layer"] for layer in said["layers"]] == [keep.index for keep in result.kept.layers]
     layer = said["layers"][1]
-    assert layer["ffn"]["of"] == 48
-    assert layer["ffn"]["kept"] == result.kept[1]["ffn"] == sorted(set(result.kept[1]["ffn"]))
+    assert layer["ffn"] == {"of": 48, "kept": sorted(set(result.kept.layers[1].ffn))}
+    assert layer["heads"]["of"] == 8
+    assert [head // 2 for head in layer["heads"]["kept"][::2]] == layer["attention"]["kept"]
 
 
-def test_what_cannot_be_done_is_refused_with_the_remedy():
-    with pytest.raises(ValidationError, match="less than 1"):
-        config_of(ratio=1.2)
-    with pytest.raises(ValidationError, match="set shape: free"):
-        config_of(protect={"first": 4, "last": 2})
-    with pytest.raises(ValueError, match=r"ratio: 0.95 cannot be reached .* at most 0\.\d+ can be removed"):
-        prune(random_model("llama"), IDS, config_of(ratio=0.95))
-    with pytest.raises(ValueError, match="add ffn to structures"):
-        prune(random_model("llama"), IDS, config_of(ratio=0.02, structures=("attention",)))
+def test_several_steps_end_in_the_shape_of_one(random_model: Any, ids: torch.Tensor):
+    one, three = (prune(random_model(), ids, config_of(steps=steps, ratio=0.3)) for steps in (1, 3))
+    assert one.report["layers"] == three.report["layers"]
+    assert one.kept != three.kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.2}, "less than 1"),
+        ({"protect": {"first": 4, "last": 2}}, "set shape: free"),
+        ({"allocation": "global"}, "set shape: free"),
+        ({"structures": ("layers", "ffn")}, r"set depth: \{layers: N\}"),
+        ({"structures": ("heads",), "allocation": "global", "shape": "free"}, "not heads"),
+        ({"structures": ("layers",), "steps": 2}, "one step"),
+        ({"structures": ("layers",), "compensation": "bias"}, "remove none"),
+        ({"structures": ("hidden",), "taylor": "param_mix"}, "param_first or vectorize"),
+        ({"method": "wanda", "structures": ("hidden",)}, "structures"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        config_of(**{"method": "llm_pruner", **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("llama", {"ratio": 0.95}, r"ratio: 0.95 cannot be reached .* at most 0\.\d+ can be removed"),
+        ("llama", {"ratio": 0.02, "structures": ("attention",)}, "add ffn to structures"),
+        ("llama", {"shape": "free", "protect": {"first": 2, "last": 2}}, "leave none of 4 layers"),
+        ("llama", {"shape": "free", "allocation": (1, 1)}, "2 shares for a model of 4 layers"),
+        ("llama", {"shape": "free", "structures": ("ffn",), "allocation": (9, 1, 1, 1)}, "would leave layer 0 empty"),
+        ("llama", {"compensation": "bias"}, "6 heads do not divide 32"),
+        ("qwen2", {"compensation": "bias"}, "no bias on o_proj and down_proj"),
+        ("qwen3", {"shape": "free", "allocation": "global"}, "set shape: uniform"),
+        ("llama", {"depth": {"layers": 4}}, "one has to stay"),
+        ("llama", {"depth": {"layers": 3}}, "more than ratio: 0.2"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_foreseen_from_the_config_and_refused_by_the_cut(
+    random_model: Any, ids: torch.Tensor, kind: str, options: dict[str, Any], message: str
+):
+    model, settings = random_model(kind), config_of(**options)
+    before = model(input_ids=ids).logits
+    with pytest.raises(ValueError, match=message):
+        foresee({**model.config.to_dict(), "architectures": [type(model).__name__]}, settings)
+    if "depth" not in options:
+        with pytest.raises(ValueError, match=message):
+            prune(model, ids, settings)
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_what_only_the_weights_show_is_refused_with_nothing_cut(random_model: Any, ids: torch.Tensor):
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not served"):
-        prune(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)), IDS, config_of())
-    with pytest.raises(ValueError, match="leave none of 3 layers"):
-        prune(random_model("llama"), IDS, config_of(shape="free", protect={"first": 2, "last": 1}))
-    model = random_model("llama")
-    with torch.no_grad():
-        model.get_decoder().layers[1].mlp.up_proj.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"layer 0: .* scores are not finite; nothing was cut"):
-        prune(model, IDS, config_of())
-    assert model.get_decoder().layers[0].mlp.up_proj.out_features == 48
+        prune(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)), ids, config_of())
+    with pytest.raises(ValueError, match="would leave layers empty"):
+        prune(random_model(), None, config_of("random", ratio=0.9, shape="free", allocation="global"))
+    for method in ("llm_pruner", "wanda"):
+        model = random_model()
+        with torch.no_grad():
+            model.get_decoder().layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+        with pytest.raises(ValueError, match=r"numbers of layers\.\d.* are not finite; nothing was cut"):
+            prune(model, ids, config_of(method))
+        assert model.get_decoder().layers[0].mlp.up_proj.out_features == 48
+    with pytest.raises(ValueError, match="needs calibration tokens"):
+        prune(random_model(), None, config_of())
+    with pytest.raises(ValueError, match="length >= 2"):
+        prune(random_model(), ids[:, :1], config_of())
+
+
+def test_norms_of_cut_hidden_channels_are_rescaled(random_model: Any, ids: torch.Tensor):
+    dense = random_model()
+    result = prune(random_model(), ids, config_of(structures=("hidden",)))
+    width = result.model.config.hidden_size
+    scale = (32 / width) ** 0.5
+    for name in NORMS:
+        norm = result.model.get_decoder().layers[0].get_submodule(name)
+        before = dense.get_decoder().layers[0].get_submodule(name).weight
+        torch.testing.assert_close(norm.weight, before[result.kept.hidden] * scale)
+        assert norm.variance_epsilon == pytest.approx(dense.config.rms_norm_eps * 32 / width)

@@ -1,0 +1,75 @@
+"""A LLaMA-family model's shape, read from its config alone, and the parameters of any shape cut from it.
+
+With d the hidden size, h the head dimension, K key-value groups of q query heads and an FFN of f channels, a layer has
+2 d h K (q + 1) attention weights, 3 d f FFN weights and two norms of d, plus the biases and head norms that the
+architecture brings (Qwen2: q, k and v biases; Qwen3: norms over the head dimension; Llama: on request).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """FFN channels, key-value groups, and the query heads of each group."""
+
+    ffn: int
+    groups: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the parameter count hangs on. `layers` are the decoder layers' shapes, first to last."""
+
+    hidden: int
+    vocabulary: int
+    head_dim: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+    layers: tuple[LayerShape, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Architecture":
+        """From the entries of a `config.json`, per-layer widths included."""
+        kind = config["model_type"]
+        heads = config["num_attention_heads"]
+        own = {int(index): entry for index, entry in (config.get("per_layer_config") or {}).items()}
+        layers: list[LayerShape] = []
+        for index in range(config["num_hidden_layers"]):
+            said = {**config, **own.get(index, {})}
+            groups = said.get("num_key_value_heads") or said["num_attention_heads"]
+            layers.append(LayerShape(said["intermediate_size"], groups, said["num_attention_heads"] // groups))
+        attention_bias = bool(config.get("attention_bias")) and kind != "mistral"
+        return cls(
+            hidden=config["hidden_size"],
+            vocabulary=config["vocab_size"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            tied=bool(config.get("tie_word_embeddings")),
+            qkv_bias=kind == "qwen2" or attention_bias,
+            output_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=bool(config.get("mlp_bias")) and kind != "mistral",
+            head_norms=kind == "qwen3",
+            layers=tuple(layers),
+        )
+
+    def with_layers(self, layers: list[LayerShape], hidden: int | None = None) -> "Architecture":
+        """The same architecture with other layers, and another hidden size if given."""
+        return replace(self, layers=tuple(layers), hidden=self.hidden if hidden is None else hidden)
+
+    def layer_parameters(self, shape: LayerShape) -> int:
+        """Parameters of one decoder layer."""
+        d, size = self.hidden, self.head_dim
+        query, key = shape.groups * shape.heads * size, shape.groups * size
+        attention = 2 * d * (query + key) + self.qkv_bias * (query + 2 * key) + self.output_bias * d
+        ffn = 3 * d * shape.ffn + self.mlp_bias * (2 * shape.ffn + d)
+        return attention + ffn + 2 * d + self.head_norms * 2 * size
+
+    def parameters(self) -> int:
+        """Parameters of the model, tied embeddings once."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.hidden + sum(self.layer_parameters(shape) for shape in self.layers)

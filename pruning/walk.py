@@ -1,0 +1,89 @@
+"""A model run one decoder layer at a time over windows of tokens, so that only one layer has to work at once.
+
+Each layer is called with what the model itself calls it with (mask, positions, rotary tables), noted from one forward
+pass over a single window; all windows have the same length, so that holds for every batch.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.structures import decoder_layers
+
+BATCH_TOKENS = 2048  # tokens that pass a layer together
+
+
+class Walk:
+    """`batches`: token ids [samples, length], split; `layers`: the model's decoder layers."""
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, batch_tokens: int = BATCH_TOKENS):
+        if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+            raise ValueError(f"calibration tokens have shape {list(input_ids.shape)}; [samples, length >= 2] is needed")
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.tokens = input_ids.numel()
+        self.batches = list(input_ids.to(model.device).split(max(1, batch_tokens // input_ids.shape[1])))
+        self._arguments = self._note_arguments(self.batches[0][:1])
+
+    def embed(self) -> list[Tensor]:
+        """The residual stream before the first layer, one [batch, length, d] for each batch."""
+        return [self.model.get_input_embeddings()(ids) for ids in self.batches]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """The residual stream after layer `index`."""
+        output = self.layers[index](hidden, **self._arguments[index])
+        return output[0] if isinstance(output, tuple) else output
+
+    def run_half(self, index: int, half: int, hidden: Tensor) -> None:
+        """Run only the attention (0) or the FFN (1) of layer `index`, for whoever watches its projections."""
+        layer: Any = self.layers[index]
+        if half == 0:
+            layer.self_attn(hidden_states=layer.input_layernorm(hidden), **self._arguments[index])
+        else:
+            layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits from the residual stream after the last layer."""
+        model: Any = self.model
+        return model.get_output_embeddings()(model.get_decoder().norm(hidden)).float()
+
+    def _note_arguments(self, window: Tensor) -> list[dict[str, Any]]:
+        noted: list[dict[str, Any]] = [{} for _ in self.layers]
+
+        def note(index: int):
+            def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+                noted[index] = {key: value for key, value in named.items() if key != "hidden_states"}
+
+            return hook
+
+        hooks = [
+            layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(self.layers)
+        ]
+        try:
+            with torch.no_grad():
+                self.model.get_decoder()(input_ids=window, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return noted
+
+
+@contextmanager
+def watch(layer: nn.Module, names: tuple[str, ...]) -> Generator[dict[str, list[tuple[Any, Any]]]]:
+    """Collects (input, output) of every call of these projections while it is open."""
+    seen: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
+    hooks = [
+        layer.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen[name].append((inputs[0], output))
+        )
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,103 @@
+"""Compensation against numpy's least squares on stored activations, and FLAP's bias by hand."""
+
+import copy
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pruning import criteria
+from pruning.compensation import solve
+from pruning.prune import PruneResult, prune
+from pruning.statistics import measure
+
+
+def pruned(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> PruneResult:
+    return prune(model, ids, criteria.load("wanda").Config(ratio=0.15, **options))
+
+
+def inputs_of(model: PreTrainedModel, ids: torch.Tensor, index: int, name: str) -> numpy.ndarray:
+    stored: list[torch.Tensor] = []
+    linear = model.get_decoder().layers[index].get_submodule(name)
+    hook = linear.register_forward_hook(lambda module, inputs, output: stored.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    return stored[0].flatten(0, 1).double().numpy()
+
+
+def test_the_solution_is_numpys_least_squares_pulled_to_the_old_weights():
+    random = numpy.random.default_rng(0)
+    x, y, old = random.normal(size=(50, 6)), random.normal(size=(50, 4)), random.normal(size=(4, 6))
+    pull = 0.1 * (x**2).sum(0).mean()
+    rows = numpy.concatenate([x, numpy.sqrt(pull) * numpy.eye(6)])
+    want = numpy.linalg.lstsq(rows, numpy.concatenate([y, numpy.sqrt(pull) * old.T]), rcond=None)[0].T
+    found = solve(torch.tensor(x.T @ x), torch.tensor(y.T @ x), torch.tensor(old), 0.1)
+    numpy.testing.assert_allclose(found.numpy(), want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.down_proj"])
+def test_refitted_weights_reproduce_the_dense_outputs_on_pruned_inputs(
+    random_model: Any, ids: torch.Tensor, kind: str, name: str
+):
+    dense = random_model(kind)
+    plain = pruned(random_model(kind), ids)
+    refitted = pruned(random_model(kind), ids, compensation={"method": "least_squares", "ridge": 0.05})
+    assert plain.kept == refitted.kept
+    for index in (0, 2):  # layer 2 sees inputs that layers 0 and 1 have changed, refitted ones
+        x, seen = inputs_of(dense, ids, index, name), inputs_of(refitted.model, ids, index, name)
+        y = x @ dense.get_decoder().layers[index].get_submodule(name).weight.detach().double().numpy().T
+        old = plain.model.get_decoder().layers[index].get_submodule(name).weight.detach().double().numpy()
+        pull = 0.05 * (seen**2).sum(0).mean()
+        rows = numpy.concatenate([seen, numpy.sqrt(pull) * numpy.eye(seen.shape[1])])
+        want = numpy.linalg.lstsq(rows, numpy.concatenate([y, numpy.sqrt(pull) * old.T]), rcond=None)[0].T
+        found = refitted.model.get_decoder().layers[index].get_submodule(name).weight.detach().double().numpy()
+        numpy.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-5)
+        assert ((y - seen @ found.T) ** 2).sum() <= ((y - seen @ old.T) ** 2).sum()
+
+
+@pytest.mark.parametrize("structures", [("ffn",), ("hidden",), ("layers",)])
+def test_least_squares_brings_the_logits_nearer_to_the_dense_ones(
+    random_model: Any, ids: torch.Tensor, structures: tuple[str, ...]
+):
+    with torch.no_grad():
+        dense = random_model()(input_ids=ids).logits
+        distance = {}
+        for compensation in ("none", "least_squares"):
+            config = criteria.load("magnitude").Config(ratio=0.2, structures=structures, compensation=compensation)
+            result = prune(random_model(), ids, config)
+            distance[compensation] = float((result.model(input_ids=ids).logits - dense).norm())
+    assert distance["least_squares"] < distance["none"]
+
+
+def test_the_bias_is_the_removed_channels_mean_contribution(random_model: Any, ids: torch.Tensor):
+    dense = random_model()
+    result = pruned(random_model(), ids, structures=("ffn",), compensation="bias")
+    (plain,) = [pruned(random_model(), ids, structures=("ffn",))]
+    for index, keep in enumerate(result.kept.layers):
+        weight = dense.get_decoder().layers[index].mlp.down_proj.weight.detach().double().numpy()
+        mean = inputs_of(dense, ids, index, "mlp.down_proj").mean(0)
+        gone = [unit for unit in range(48) if unit not in keep.ffn]
+        mlp = result.model.get_decoder().layers[index].mlp
+        numpy.testing.assert_allclose(mlp.down_proj.bias.detach().numpy(), weight[:, gone] @ mean[gone], atol=1e-6)
+        assert torch.equal(mlp.down_proj.weight, plain.model.get_decoder().layers[index].mlp.down_proj.weight)
+        assert not mlp.up_proj.bias.any()
+    assert result.model.config.mlp_bias
+    assert result.report["parameters_after"] == sum(p.numel() for p in result.model.parameters())
+
+
+def test_statistics_are_measured_once_and_other_text_serves_the_compensation(random_model: Any, ids: torch.Tensor):
+    config = criteria.load("wanda").Config(ratio=0.15, compensation="least_squares")
+    other = torch.randint(4, 200, (5, 20), generator=torch.Generator().manual_seed(2))
+    model = random_model()
+    found = measure(model, ids, criteria.statistics(config), lambda done, total, note: None)
+    before = copy.deepcopy(found)
+    with_other = prune(model, ids, config, found, other)
+    again = prune(random_model(), ids, config, found)
+    assert with_other.kept == again.kept
+    weights = [r.model.get_decoder().layers[0].mlp.down_proj.weight for r in (with_other, again)]
+    assert not torch.equal(*weights)
+    assert all(torch.equal(before[name], found[name]) for name in found)
