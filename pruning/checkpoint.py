@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pruning.architecture import Architecture
 from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.resident import own_weights
 from pruning.structures import Kept
 
 STRUCTURES = "structures.json"
@@ -42,6 +43,8 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cp
     problems = {name: keys for name, keys in info.items() if keys and name != "error_msgs"}
     if problems:
         raise ValueError(f"{folder}: weights and config.json do not fit each other: {problems}")
+    if device == "cpu":
+        own_weights(model)
     return model.to(device).eval()
 
 

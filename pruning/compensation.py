@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.config import PruningConfig
+from pruning.resident import give_back
 from pruning.structures import WRITERS, Kept, KeptLayer, Vectors, decoder_layers
 from pruning.surgery import Cutter
 from pruning.walk import Walk, watch
@@ -95,6 +96,7 @@ def _refit(
             inputs = [values for values, _ in seen[name]]
             _fit(linear, inputs, targets, cutter.hidden, ridge)
             pruned = [hidden + linear(values) for hidden, values in zip(pruned, inputs, strict=True)]
+        give_back()
     progress(len(walk.layers), len(walk.layers), "least squares")
     return cutter.assemble()
 

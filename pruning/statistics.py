@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from pruning.config import Statistic
+from pruning.resident import give_back
 from pruning.structures import ATTENTION, FFN, NORMS, WRITERS, Vectors, named_weights
 from pruning.walk import BATCH_TOKENS, Walk, watch
 
@@ -56,9 +57,11 @@ def activations(model: PreTrainedModel, input_ids: Tensor, progress: Progress) -
                 hidden[batch] = walk.run(index, before)
             alike += float(torch.cosine_similarity(before.float(), hidden[batch].float(), dim=-1).double().sum())
             for name, [(inputs, _)] in seen.items():
-                values = inputs.flatten(0, 1).float()
-                for key, part in ((f"{name}.mean", values), (f"{name}.square", values.square())):
-                    share = part.sum(0, dtype=torch.float64) / walk.tokens
+                values = inputs.flatten(0, 1)
+                total = values.sum(0, dtype=torch.float64)
+                squares = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square()
+                for key, part in ((f"{name}.mean", total), (f"{name}.square", squares)):
+                    share = part / walk.tokens
                     sums[key] = sums[key] + share if key in sums else share
         influence.append(1 - alike / walk.tokens)
         for name in WRITERS:
@@ -66,6 +69,7 @@ def activations(model: PreTrainedModel, input_ids: Tensor, progress: Progress) -
             key = f"layers.{index}.{name}"
             found |= {f"{key}.mean": mean.float(), f"{key}.square": square.float()}
             found[f"{key}.variance"] = (square - mean.square()).clamp(min=0).float()
+        give_back()
     progress(len(walk.layers), len(walk.layers), "activations")
     return found | {"layers.influence": torch.tensor(influence)}
 
@@ -125,6 +129,7 @@ def gradients(
                     above[number] = _gradient(leaf)
                     reducer.fold(batches)
                 reducer.finish(found)
+                give_back()
             if hidden:
                 reducer = _Reducer({"embed": weights["embed"]}, samples, curvature)
                 for number, ids in enumerate(walk.batches):

@@ -24,6 +24,7 @@ from transformers import (
 
 from pruning.architecture import LayerShape
 from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.resident import give_back
 from pruning.structures import ATTENTION, FFN, NORMS, Kept, KeptLayer, architecture, decoder_layers
 
 _NAMES = ("model_type", "architectures", "auto_map", "per_layer_config")  # entries that are the old model's alone
@@ -151,6 +152,7 @@ class Cutter:
                 self._cut_norm(layer.get_submodule(name))
         attention: Any = layer.get_submodule("self_attn")
         attention.num_key_value_groups = keep.shape.heads
+        give_back()
 
     def assemble(self) -> PreTrainedModel:
         """The sliced weights in a model of the new class; tensors are taken over, not copied."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning.structures import decoder_layers
 
-BATCH_TOKENS = 2048  # tokens that pass a layer together
+BATCH_TOKENS = 1024  # tokens that pass a layer together
 
 
 class Walk:
