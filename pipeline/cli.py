@@ -15,7 +15,7 @@ import click
 from pipeline import __version__
 from pipeline.errors import RegrowError
 
-STAGES = ("statistics", "prune", "recover", "merge", "evaluate")
+STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate")
 Command = Callable[..., Any]
 
 

@@ -62,7 +62,12 @@ def _why(step: Step, store: Store, old_key: str | None) -> str:
     old = store.find(step.stage, old_key)
     if old is None:
         return "its settings changed"
-    names = {"base": "the model it starts from", "model": "the model it scores", "adapter": "the adapter"}
+    names = {
+        "base": "the model it starts from",
+        "model": "the model it scores",
+        "adapter": "the adapter",
+        "teacher": "the teacher",
+    }
     changed: list[str] = []
     for name in sorted(old.manifest["material"].keys() | step.material.keys()):
         before, after = old.manifest["material"].get(name), step.material.get(name)

@@ -25,7 +25,7 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         if config.calibration:
             rows.texts(sources, config.calibration)
         check_pruning(config, sources)
-    if stages & {"recover", "merge"}:
+    if stages & {"teacher", "recover", "merge"}:
         for index, part in enumerate(config.data):
             if not _train_texts(sources, part):
                 raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")

@@ -6,6 +6,7 @@ Imported only when something has to be built: this is where torch comes in.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evaluation import suites
 from evaluation.perplexity import perplexity
 from evaluation.score import score
-from pipeline import calibration, rows
+from pipeline import calibration, recovering, rows
 from pipeline.config import PerplexityConfig, RunConfig, RuntimeConfig, SuiteConfig
 from pipeline.errors import ConfigError, StageError
 from pipeline.sources import Sources
@@ -28,9 +29,7 @@ from pruning import checkpoint
 from pruning.prune import prune
 from pruning.statistics import measure
 from recovery import inject
-from recovery.data import Example
 from recovery.merge import merge
-from recovery.train import train
 
 Progress = Callable[[int, int, str], None]
 STATISTICS = "statistics.safetensors"
@@ -53,7 +52,8 @@ class Runner:
         builders = {
             "statistics": self._statistics,
             "prune": self._prune,
-            "recover": self._recover,
+            "teacher": partial(recovering.teach, self),
+            "recover": partial(recovering.recover, self),
             "merge": self._merge,
             "evaluate": self._evaluate,
         }
@@ -63,17 +63,22 @@ class Runner:
         """The folder of the model that a step reads."""
         made_by = next((inner for inner in reversed(step.inputs) if inner.stage in ("prune", "merge")), None)
         if made_by is None:
-            return self.sources.model_folder(self.config.model.source)
+            return self.dense_folder()
         return self.store.folder(made_by.stage, made_by.key) / "model"
 
-    def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def dense_folder(self) -> Path:
+        """The folder of the dense model."""
+        return self.sources.model_folder(self.config.model.source)
+
+    def load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A folder's model, in the run's dtype and on its device, and tokenizer."""
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
         model = checkpoint.load(folder, dtype=dtype, device=device(self.config.runtime.device))
         return model, checkpoint.load_tokenizer(folder)
 
     def _statistics(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert step.statistic is not None
-        model, tokenizer = self._load(self.folder(step))
+        model, tokenizer = self.load(self.folder(step))
         windows, _ = self._windows(tokenizer)
         found = measure(model, windows, [step.statistic], self.progress)
         save_file({name: values.contiguous() for name, values in found.items()}, workspace.out / STATISTICS)
@@ -81,7 +86,7 @@ class Runner:
 
     def _prune(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert self.config.pruning is not None
-        model, tokenizer = self._load(self.folder(step))
+        model, tokenizer = self.load(self.folder(step))
         statistics: dict[str, torch.Tensor] = {}
         for measured in step.inputs:
             statistics |= load_file(self.store.folder("statistics", measured.key) / STATISTICS)
@@ -104,22 +109,9 @@ class Runner:
         )
         return first, second
 
-    def _recover(self, step: Step, workspace: Workspace) -> dict[str, Any]:
-        assert self.config.recovery is not None
-        model, tokenizer = self._load(self.folder(step))
-        settings = self.config.recovery
-        data = [
-            (part.weight, [Example(*pair, end=part.format == "instruction") for pair in rows.pairs(self.sources, part)])
-            for part in self.config.data
-        ]
-        report = train(model, tokenizer, data, settings, workspace.scratch, self.progress)
-        inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
-        (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
-        return {"report": report}
-
     def _merge(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         recover = step.inputs[-1]
-        model, tokenizer = self._load(self.folder(step))
+        model, tokenizer = self.load(self.folder(step))
         inject.attach_saved(model, self.store.folder(recover.stage, recover.key) / "adapter")
         texts = [prompt + response for prompt, response in rows.pairs(self.sources, self.config.data[0])[:64]]
         ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]
@@ -134,7 +126,7 @@ class Runner:
         folder = self.folder(step)
         if self._loaded is None or self._loaded[0] != str(folder):
             self._loaded = None  # the old model goes before the new one comes
-            self._loaded = (str(folder), *self._load(folder))
+            self._loaded = (str(folder), *self.load(folder))
         _, model, tokenizer = self._loaded
         scored = step.scored
         if isinstance(scored, PerplexityConfig):

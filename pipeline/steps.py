@@ -1,6 +1,7 @@
 """The stages of a run and their keys, from the config alone: nothing here builds anything or imports torch.
 
     statistics ── prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
+                  teacher ─┘
 
 `material` is what a key is the digest of: the stage and its version, the method's name and version, the stage's whole
 config, and the keys of its inputs. Device, threads and batch size of evaluation are not in it.
@@ -17,10 +18,11 @@ from pipeline.sources import Sources
 from pruning import criteria
 from pruning.config import Statistic
 from recovery import adapters
+from recovery.config import ROWS
 
-STAGES = ("statistics", "prune", "recover", "merge", "evaluate")
-# Raise one when its code gives other results.
-VERSIONS = {"statistics": 1, "prune": 2, "recover": 1, "merge": 1, "evaluate": 1}
+STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate")
+# Raise one when its code gives other results; where training rows become others, both teacher's and recover's.
+VERSIONS = {"statistics": 1, "prune": 2, "teacher": 1, "recover": 1, "merge": 1, "evaluate": 1}
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
     if config.recovery:
         inputs = (base,) if base else ()
         model = "pruned" if base else "dense"
-        recover = Step("recover", _recover(config, sources, _identity(dense, base)), inputs, model)
+        taught = _teacher(config, sources, dense)
+        kept = config.recovery.distillation and config.recovery.distillation.cache
+        teacher = (Step("teacher", taught),) if taught and kept else ()
+        # Asked on the fly or kept, the teacher says the same: it has the same key in the adapter's.
+        material = {**_recover(config, sources, _identity(dense, base)), "teacher": taught and digest(taught)}
+        recover = Step("recover", material, (*inputs, *teacher), model)
         merged = {**_head("merge"), "base": _identity(dense, base), "adapter": recover.key}
         merge = Step("merge", merged, (*inputs, recover), model)
-        steps += [recover, merge]
+        steps += [*teacher, recover, merge]
         models.append(("recovered", merge))
     for model, made_by in models:
         for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
@@ -120,6 +127,20 @@ def _recover(config: RunConfig, sources: Sources, base: Any) -> dict[str, Any]:
         "config": config.recovery.model_dump(mode="json"),
         "data": [rows.material(sources, data) for data in config.data],
         "base": base,
+    }
+
+
+def _teacher(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict[str, Any] | None:
+    """What the teacher says depends on: the dense model, which rows are fed, and what is kept of them."""
+    assert config.recovery is not None
+    if config.recovery.distillation is None:
+        return None
+    return {
+        **_head("teacher"),
+        "data": [rows.material(sources, data) for data in config.data],
+        "rows": config.recovery.model_dump(mode="json", include=ROWS),
+        "kept": config.recovery.distillation.model_dump(mode="json", include={"positions", "top_k"}),
+        "model": dense,
     }
 
 

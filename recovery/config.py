@@ -1,4 +1,6 @@
-"""What the trainer is told. Data sources are the caller's; all but `checkpoint_every` is part of a result's key."""
+"""What the trainer is told. Data sources are the caller's.
+
+All but `checkpoint_every` and `distillation.cache` is part of a result's key."""
 
 import difflib
 from typing import Any, Literal
@@ -8,6 +10,9 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 from recovery import adapters
 from recovery.base import AdapterConfig
 
+# What decides which rows are fed, and in which order, beside the data themselves (`recovery.feed`).
+ROWS: dict[str, Any] = {"tokens": True, "loss": True, "max_length": True, "seed": True, "validation": {"fraction"}}
+
 
 class Validation(BaseModel, frozen=True, extra="forbid"):
     """How often the held-out loss is measured, and on how much. `fraction` 0 turns it off."""
@@ -15,6 +20,25 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     fraction: float = Field(default=0.02, ge=0, lt=0.5, description="share of every source that is held out")
     tokens: int = Field(default=2048, ge=1, description="held-out tokens scored each time, about")
     times: int = Field(default=4, ge=1, description="how often during the run, at even distances, the last at the end")
+
+
+class Distillation(BaseModel, frozen=True, extra="forbid"):
+    """The dense model as a teacher (`recovery.distill` has the formula)."""
+
+    weight: float = Field(default=0.5, ge=0, le=1, description="the teacher's share; the rest is the data's own tokens")
+    temperature: float = Field(default=1.0, gt=0, description="flattens teacher and student alike")
+    positions: Literal["labelled", "all"] = Field(default="labelled", description="where the teacher is followed")
+    top_k: int = Field(default=64, ge=1, description="teacher's likeliest tokens; the others are one class")
+    hidden: float = Field(default=0.0, ge=0, description="weight of matching hidden states layer by layer")
+    cache: bool = Field(default=True, exclude=True, description="keep what the teacher says, for other recoveries")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Distillation":
+        if self.hidden and self.cache:
+            raise ValueError("hidden: hidden states are too large to keep: set cache to false")
+        if not (self.weight or self.hidden):
+            raise ValueError("weight and hidden are both 0: nothing would be distilled; leave the section out")
+        return self
 
 
 class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +59,7 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
     clip: float = Field(default=1.0, gt=0, description="largest norm of a step's gradient")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one optimizer step, at most")
     max_length: int = Field(default=512, ge=8, description="tokens of one packed row, and of one example, at most")
+    distillation: Distillation | None = None
     validation: Validation = Validation()
     seed: int = Field(default=0, description="of adapters, held-out part, order and dropout")
     checkpoint_every: float = Field(default=60.0, ge=0, exclude=True, description="seconds between checkpoints")

@@ -24,9 +24,9 @@ class State:
     seconds: float = 0.0
 
 
-def write(folder: Path, state: State, loss: float, rate: float) -> None:
-    """Add one step's line to the log."""
-    line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate}
+def write(folder: Path, state: State, losses: dict[str, float], rate: float) -> None:
+    """Add one step's line to the log; `losses` are the step's `loss` and the terms it is made of."""
+    line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, **losses, "learning_rate": rate}
     if state.validation and state.validation[-1]["step"] == state.step:
         line["validation_loss"] = state.validation[-1]["loss"]
     with (folder / LOG).open("a", encoding="utf-8") as file:

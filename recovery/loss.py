@@ -18,17 +18,25 @@ def labelled(rows: Sequence[Row]) -> int:
     return sum(label != IGNORED for row in rows for label in row.labels)
 
 
-def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
-    """Cross entropy summed over a row's labelled tokens, float32, and how many there are.
+def decoded(model: PreTrainedModel, row: Row, layers: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The last hidden states [length - 1, width] of a row, from which its tokens but the first are predicted; with
+    `layers` also those behind every decoder layer, the last one's normalised.
 
     No attention mask is given: with one, even of ones, transformers would not see the restarts of the position ids,
     and examples would read each other.
     """
-    device = model.device
-    ids = torch.tensor([row.ids], device=device)
-    positions = torch.tensor([row.positions], device=device)
-    hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :-1]
-    labels = torch.tensor(row.labels[1:], device=device)
+    ids = torch.tensor([row.ids], device=model.device)
+    positions = torch.tensor([row.positions], device=model.device)
+    decoder: Any = model.get_decoder()
+    out = decoder(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=layers)
+    between = out.hidden_states[1:] if layers else ()
+    return out.last_hidden_state[0, :-1], tuple(states[0, :-1] for states in between)
+
+
+def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
+    """Cross entropy summed over a row's labelled tokens, float32, and how many there are."""
+    hidden, _ = decoded(model, row)
+    labels = torch.tensor(row.labels[1:], device=model.device)
     learned = labels != IGNORED
     hidden, labels = hidden[learned], labels[learned]
     head: Any = model.get_output_embeddings()

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recovery import adapters, checkpoints, history, inject
+from recovery import adapters, checkpoints, distill, history, inject
 from recovery.base import Adapter, seed_of
 from recovery.config import RecoveryConfig
-from recovery.data import Example, Row, batches, encode, hold_out, mix, pack
+from recovery.data import Row, batches
+from recovery.feed import Sources, feed
 from recovery.history import State
 from recovery.loss import labelled, mean_loss, row_loss
+from recovery.teacher import Teacher, distilled
 
 Progress = Callable[[int, int, str], None]
 
@@ -30,22 +32,22 @@ Progress = Callable[[int, int, str], None]
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sources: list[tuple[float, list[Example]]],
+    sources: Sources,
     config: RecoveryConfig,
     scratch: Path,
     progress: Progress = lambda done, total, note: None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Attach `config.adapter` and train it on the weighted sources; leaves the best adapter attached, in eval mode.
 
     Best means the lowest held-out loss, or the last step where nothing is held out. Resumes from a checkpoint in
     `scratch`, and writes `log.jsonl` (one line a step) there. `progress` gets tokens fed, tokens in all, and a note
-    with loss, speed and time left. Returns a report (`history.report`). Raises ValueError for data without a token to
-    learn or a checkpoint of another config, and RuntimeError when the loss is not finite.
+    with loss, speed and time left. `teacher` says what the dense model would, where `config.distillation` asks for it.
+    Returns a report (`history.report`). Raises ValueError for data without a token to learn or a checkpoint of another
+    config, and RuntimeError when the loss is not finite.
     """
-    training, held = hold_out(sources, config.validation.fraction, config.seed)
-    validation = _validation_rows(held, tokenizer, config)
-    run = _Run(model, config, scratch, validation, progress)
-    rows = pack(mix(training, tokenizer, config.loss, config.max_length, config.seed), config.max_length)
+    rows, validation = feed(sources, tokenizer, config)
+    run = _Run(model, config, scratch, validation, progress, teacher)
     remaining = itertools.islice(rows, run.state.rows, None)
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
@@ -69,10 +71,18 @@ class _Run:
     """One training run: model, optimizer and counters, taken up where `scratch` left them."""
 
     def __init__(
-        self, model: PreTrainedModel, config: RecoveryConfig, scratch: Path, validation: list[Row], progress: Progress
+        self,
+        model: PreTrainedModel,
+        config: RecoveryConfig,
+        scratch: Path,
+        validation: list[Row],
+        progress: Progress,
+        teacher: Teacher | None,
     ) -> None:
+        if config.distillation and teacher is None:
+            raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
         self.model, self.config, self.scratch = model, config, scratch
-        self.validation, self.progress = validation, progress
+        self.validation, self.progress, self.teacher = validation, progress, teacher
         self.layers = inject.attach(model, config.adapter, config.seed)
         self.parameters = inject.trainable(model)
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
@@ -89,14 +99,15 @@ class _Run:
         state, config, started = self.state, self.config, time.monotonic()
         before, after = state.tokens, state.tokens + sum(len(row.ids) for row in batch)
         rate = config.learning_rate * schedule(after / config.tokens, config)
-        self.loss = self._update(batch, rate, after / config.tokens)
+        losses = self._update(batch, rate, after / config.tokens)
+        self.loss = losses["loss"]
         state.step, state.rows, state.tokens = state.step + 1, state.rows + len(batch), after
         state.labelled += labelled(batch)
         times = config.validation.times
         if int(before * times / config.tokens) < int(after * times / config.tokens):
             self._validate()
         state.seconds += time.monotonic() - started
-        history.write(self.scratch, state, self.loss, rate)
+        history.write(self.scratch, state, losses, rate)
         self._tell(after)
 
     def save(self) -> None:
@@ -119,31 +130,43 @@ class _Run:
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
         return history.report(self.scratch, state, trainable, len(self.layers))
 
-    def _update(self, batch: Sequence[Row], rate: float, share: float) -> float:
-        """One optimizer step; returns the mean loss over the batch's labelled tokens."""
+    def _update(self, batch: Sequence[Row], rate: float, share: float) -> dict[str, float]:
+        """One optimizer step; returns the batch's loss and the terms it is made of."""
         self.model.train()
-        count, total, fed = labelled(batch), 0.0, self.state.tokens
         dropout = self.config.adapter.dropout > 0
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=dropout):
             if dropout:
                 torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step))
-            for row in batch:
-                loss, _ = row_loss(self.model, row)
-                (loss / count).backward()
-                total += float(loss.detach())
-                fed += len(row.ids)
-                self._tell(fed)
+            losses = self._backward(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            self._fail(total / count, float(norm), batch)
+        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
+            self._fail(losses["loss"], float(norm), batch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         with torch.no_grad():
             self.method.after_step(self._methods(), share)
         self.optimizer.zero_grad()
-        return total / count
+        return losses
+
+    def _backward(self, batch: Sequence[Row]) -> dict[str, float]:
+        """Gradients of the batch's mean loss, summed up row by row."""
+        count, fed = labelled(batch), self.state.tokens
+        settings, teacher = self.config.distillation, self.teacher
+        positions = sum(sum(distilled(row, settings.positions)) for row in batch) if settings else 0
+        sums = [0.0, 0.0, 0.0]
+        for row in batch:
+            if settings and teacher:
+                terms = distill.accumulate(self.model, row, teacher, settings, count, positions)
+                sums = [total + term for total, term in zip(sums, terms, strict=True)]
+            else:
+                loss, _ = row_loss(self.model, row)
+                (loss / count).backward()
+                sums[0] += float(loss.detach())
+            fed += len(row.ids)
+            self._tell(fed)
+        return distill.means(sums, settings, count, positions) if settings else {"loss": sums[0] / count}
 
     def _validate(self) -> None:
         """Measure the held-out loss; keep the adapter when it is the best so far."""
@@ -184,17 +207,3 @@ class _Run:
 
     def _tell(self, fed: int) -> None:
         self.progress(fed, self.config.tokens, history.note(self.state, self.loss, self.config.tokens))
-
-
-def _validation_rows(held: list[list[Example]], tokenizer: Any, config: RecoveryConfig) -> list[Row]:
-    """Held-out rows: about the same number of tokens from every source."""
-    rows: list[Row] = []
-    share = config.validation.tokens / max(1, len(held))
-    for examples in held:
-        found = []
-        for example in examples:
-            found += encode(tokenizer, example, config.loss, config.max_length)
-            if sum(len(tokens.ids) for tokens in found) >= share:
-                break
-        rows += pack(found, config.max_length)
-    return rows

@@ -136,6 +136,25 @@ def test_another_rank_keeps_the_pruned_model_and_the_dense_and_pruned_scores(wor
     assert built == {"recover", "merge", "evaluate recovered piqa", "evaluate recovered text"}
 
 
+def test_recoveries_share_one_teacher(world: Path):
+    taught = ["--until", "recover", "--set", "recovery.distillation={top_k: 8}"]
+    assert statuses(run(*taught))["teacher"] == "built"
+    for other in ("adapter.rank=2", "learning_rate=1e-3", "distillation.weight=0.9", "distillation.temperature=2"):
+        found = statuses(run(*taught, "--set", f"recovery.{other}"))
+        assert (found["teacher"], found["recover"]) == ("cached", "built"), other
+    assert statuses(run(*taught, "--set", "pruning.ratio=0.2"))["teacher"] == "cached"
+    plan = json.loads(regrow("plan", "run.yaml", "--json", *taught[2:], "--set", "recovery.seed=5").stdout)
+    whys = {step["stage"]: step["why"] for step in plan["steps"] if step["status"] == "build"}
+    assert whys["teacher"] == "rows.seed: 0 -> 5"
+    assert "the teacher changed" in whys["recover"]
+    # On the fly there is no such stage, and the adapter is the same, so it has the same key.
+    on_the_fly = statuses(run(*taught, "--set", "recovery.distillation.cache=false"))
+    assert "teacher" not in on_the_fly
+    assert on_the_fly["recover"] == "cached"
+    matched = [*taught, "--set", "recovery.distillation={cache: false, hidden: 0.5, positions: all}"]
+    assert statuses(run(*matched))["recover"] == "built"
+
+
 def test_other_ratios_and_criteria_share_their_statistics(world: Path):
     run("--until", "prune")
     found = statuses(run("--until", "prune", "--set", "pruning.ratio=0.15", "--set", "pruning.taylor=vectorize"))
@@ -251,9 +270,9 @@ def test_a_failed_stage_exits_with_1_and_its_finished_neighbours_stay(world: Pat
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("the loss is nan at step 3")
 
-    import pipeline.stages
+    import pipeline.recovering
 
-    monkeypatch.setattr(pipeline.stages, "train", fail)
+    monkeypatch.setattr(pipeline.recovering, "train", fail)
     result = regrow("run", "run.yaml")
     assert result.exit_code == 1
     assert "recover failed: the loss is nan at step 3" in result.stderr
