@@ -139,18 +139,23 @@ _stage_command("evaluate", "Run a config up to the scores of every model.")
 def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Path, as_json: bool) -> None:
     """Show what a run would build and what is cached, and why."""
     from pipeline.console import out
-    from pipeline.plan import plan
+    from pipeline.plan import memory_of_pruning, plan
     from pipeline.report import table
     from pipeline.steps import steps_of
 
     run = _open(config, overrides, store, runs)
-    planned = plan(steps_of(run.config, run.sources()), run.store, run.folder)
+    sources = run.sources()
+    planned = plan(steps_of(run.config, sources), run.store, run.folder)
+    memory = memory_of_pruning(run.config, sources)
     if as_json:
-        click.echo(json.dumps({"name": run.config.name, "steps": [item.as_json() for item in planned]}, indent=1))
+        steps = [item.as_json() for item in planned]
+        click.echo(json.dumps({"name": run.config.name, "steps": steps, "pruning_memory_bytes": memory}, indent=1))
         return
     rows = [["step", "key", "status", "why"]]
     rows += [[item.step.label, item.step.key, item.status, item.why] for item in planned]
     out().print(table(rows, run.config.name))
+    if memory:
+        out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory", highlight=False)
 
 
 @main.command("report")

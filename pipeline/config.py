@@ -143,9 +143,14 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How the work is done. Nothing here changes a result's key."""
+    """How the work is done. Nothing here changes a result's key.
+
+    `placement`: where weights lie while a model is measured and pruned: `whole` on the device, `spread` over all GPUs,
+    or `offload`: layers stay in CPU memory and visit the device one at a time.
+    """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    placement: Literal["whole", "spread", "offload"] = "whole"
     threads: int | None = Field(default=None, ge=1)
     evaluation_batch: int | None = Field(default=None, ge=1)
 

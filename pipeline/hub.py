@@ -57,5 +57,15 @@ def model_folder(spec: str, name: str, revision: str) -> Path:
         raise SourceError(f"{spec}: {name} could not be fetched: {_first_line(error)}") from error
 
 
+def model_config(spec: str, name: str, revision: str) -> Path:
+    """A model repository's config.json alone, in the hub library's own cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:
+        raise SourceError(f"{spec}: config.json of {name} could not be fetched: {_first_line(error)}") from error
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RunConfig
 from pipeline.keys import differences
 from pipeline.report import read_results
+from pipeline.sources import Sources
 from pipeline.steps import STAGES, Step, label
 from pipeline.store import Store
+from pruning.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ def plan(steps: list[Step], store: Store, run_folder: Path, force: str | None = 
         else:
             planned.append(Planned(step, "build", _why(step, store, previous.get(step.label))))
     return planned
+
+
+def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
+    """Bytes that measuring and pruning are predicted to take; None without pruning, or while the model is not here."""
+    said = sources.model_config(config.model.source) if config.pruning else None
+    if said is None or config.pruning is None:
+        return None
+    from pruning.memory import peak_bytes
+
+    text, own = config.calibration, config.pruning.compensation
+    windows = (text.samples, text.length) if text else (0, 0)
+    others = (own.samples or windows[0], own.length or windows[1])
+    width = 4 if config.model.dtype == "float32" else 2
+    return peak_bytes(Architecture.read(said), width, config.pruning, windows, others)
 
 
 def until(steps: list[Step], stage: str | None) -> list[Step]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline import hub
 from pipeline.errors import SourceError, did_you_mean
-from pipeline.keys import digest, file_digest
+from pipeline.keys import KEY_LENGTH, digest, file_digest
 from pipeline.store import Artifact, Store, Workspace, write_text
 
 KINDS = ("hub", "path", "pypi", "synthetic")
@@ -113,6 +113,34 @@ class Sources:
         if not (path / "config.json").is_file():
             raise SourceError(f"{spec}: {path} is not a model folder (it has no config.json)")
         return path
+
+    def model_config(self, spec: str) -> dict[str, Any] | None:
+        """What a model's config.json says, without fetching weights; None while that would need them (a GGUF file)."""
+        source = parse(spec)
+        if source.kind == "hub":
+            file = hub.model_config(spec, source.name, self.key(spec)["commit"])
+        elif source.kind == "path" and self._file(source).is_dir():
+            file = self._file(source) / "config.json"
+        else:
+            made = self._made(source)
+            if made is None:
+                return None
+            file = made / "config.json"
+        if not file.is_file():
+            raise SourceError(f"{spec}: {file.parent} is not a model folder (it has no config.json)")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _made(self, source: Source) -> Path | None:
+        """The folder of a model that is made here, if it has been."""
+        if source.kind == "synthetic":
+            from pipeline import synthetic
+
+            material = self._world_material(source, synthetic.VERSION)
+            member = source.member
+        else:
+            material, member = self._gguf_material(source), "model"
+        found = self.store.find("source", digest(material)[:KEY_LENGTH])
+        return found.path / member if found else None
 
     def _identify(self, source: Source) -> dict[str, Any]:
         if source.kind == "pypi":
@@ -214,7 +242,7 @@ class Sources:
         from pipeline import synthetic
 
         seed = int(source.name)
-        material = {"stage": "source", "version": synthetic.VERSION, "kind": "synthetic", "seed": seed}
+        material = self._world_material(source, synthetic.VERSION)
 
         def make(workspace: Workspace) -> dict[str, Any]:
             self.notify(f"making the synthetic world {seed} and training its model")
@@ -224,8 +252,6 @@ class Sources:
         return self._build(material, make)
 
     def _dequantized(self, source: Source, place: Callable[[Path], object]) -> Path:
-        material = {"stage": "source", "version": VERSION, "kind": "gguf", "of": self.key(source.spec)}
-
         def convert(workspace: Workspace) -> dict[str, Any]:
             from pipeline.gguf_folder import dequantize
 
@@ -238,7 +264,13 @@ class Sources:
             workspace.scratch.mkdir()
             return {"dtype": "float32"}
 
-        return self._build(material, convert).path / "model"
+        return self._build(self._gguf_material(source), convert).path / "model"
+
+    def _world_material(self, source: Source, version: int) -> dict[str, Any]:
+        return {"stage": "source", "version": version, "kind": "synthetic", "seed": int(source.name)}
+
+    def _gguf_material(self, source: Source) -> dict[str, Any]:
+        return {"stage": "source", "version": VERSION, "kind": "gguf", "of": self.key(source.spec)}
 
     def _build(self, material: dict[str, Any], builder: Callable[[Workspace], dict[str, Any]]) -> Artifact:
         artifact, _ = self.store.build("source", material, builder, waiting=self.notify)

@@ -26,6 +26,7 @@ from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Store, Workspace
 from pruning import checkpoint
+from pruning.placement import Placement, place
 from pruning.prune import prune
 from pruning.statistics import measure
 from recovery import inject
@@ -70,15 +71,15 @@ class Runner:
         """The folder of the dense model."""
         return self.sources.model_folder(self.config.model.source)
 
-    def load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, folder: Path, placement: Placement = "whole") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A folder's model, in the run's dtype and on its device, and tokenizer."""
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        model = checkpoint.load(folder, dtype=dtype, device=device(self.config.runtime.device))
+        model = checkpoint.load(folder, dtype, device(self.config.runtime.device), placement)
         return model, checkpoint.load_tokenizer(folder)
 
     def _statistics(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert step.statistic is not None
-        model, tokenizer = self.load(self.folder(step))
+        model, tokenizer = self.load(self.folder(step), self.config.runtime.placement)
         windows, _ = self._windows(tokenizer)
         found = measure(model, windows, [step.statistic], self.progress)
         save_file({name: values.contiguous() for name, values in found.items()}, workspace.out / STATISTICS)
@@ -86,12 +87,17 @@ class Runner:
 
     def _prune(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         assert self.config.pruning is not None
-        model, tokenizer = self.load(self.folder(step))
+        runtime = self.config.runtime
+        model, tokenizer = self.load(self.folder(step), runtime.placement)
         statistics: dict[str, torch.Tensor] = {}
         for measured in step.inputs:
             statistics |= load_file(self.store.folder("statistics", measured.key) / STATISTICS)
         windows, others = self._windows(tokenizer) if self.config.calibration else (None, None)
-        result = prune(model, windows, self.config.pruning, statistics, others, self.progress)
+
+        def again(cut: PreTrainedModel) -> PreTrainedModel:
+            return place(cut, runtime.placement, device(runtime.device))
+
+        result = prune(model, windows, self.config.pruning, statistics, others, self.progress, again)
         checkpoint.save(result.model, tokenizer, workspace.out / "model")
         checkpoint.write_structures(workspace.out, result.kept, result.original)
         return {"report": result.report}

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pruning.architecture import Architecture
 from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.placement import Placement, place
 from pruning.resident import own_weights
 from pruning.structures import Kept
 
@@ -30,7 +31,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         tokenizer.save_pretrained(folder)
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def load(
+    folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu", placement: Placement = "whole"
+) -> PreTrainedModel:
     """A model from a folder, in evaluation mode, in `dtype` (None: as saved). Our own class reads non-uniform ones.
 
     Raises ValueError when weights and config do not fit each other.
@@ -43,9 +46,9 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cp
     problems = {name: keys for name, keys in info.items() if keys and name != "error_msgs"}
     if problems:
         raise ValueError(f"{folder}: weights and config.json do not fit each other: {problems}")
-    if device == "cpu":
+    if device == "cpu" or placement == "offload":
         own_weights(model)
-    return model.to(device).eval()
+    return place(model, placement, device).eval()
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

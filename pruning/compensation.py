@@ -95,7 +95,7 @@ def _refit(
                     walk.run_half(index, writer, hidden)
             inputs = [values for values, _ in seen[name]]
             _fit(linear, inputs, targets, cutter.hidden, ridge)
-            pruned = [hidden + linear(values) for hidden, values in zip(pruned, inputs, strict=True)]
+            pruned = [hidden.to(x.device) + linear(x) for hidden, x in zip(pruned, inputs, strict=True)]
         give_back()
     progress(len(walk.layers), len(walk.layers), "least squares")
     return cutter.assemble()

@@ -40,13 +40,15 @@ def prune(
     statistics: Vectors | None = None,
     compensation_ids: Tensor | None = None,
     progress: Progress = lambda done, total, note: None,
+    again: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> PruneResult:
     """Remove `config.ratio` of the model's parameters by the criterion that `config.method` names.
 
     `input_ids`: calibration tokens [samples, length], None where nothing runs on text; `statistics`: what `measure`
     found on them for `criteria.statistics(config)`, measured here if not given; `compensation_ids`: other tokens for
-    the compensation. Consumes `model`. Raises ValueError, with nothing cut, when the model is not LLaMA-like, numbers
-    are not finite, or the ratio cannot be reached.
+    the compensation; `again` places the cut model (`placement`) before each further step. Consumes `model`. Raises
+    ValueError, with nothing cut, when the model is not LLaMA-like, numbers are not finite, or the ratio cannot be
+    reached.
     """
     original, before, asked = architecture(model), count_parameters(model), criteria.statistics(config)
     if original.parameters() != before:
@@ -57,6 +59,7 @@ def prune(
     goal, kept = round((1 - config.ratio) * before), keep_all(original)
     start, shape, planned = before, original, original
     for step in range(config.steps):
+        model = again(model) if step else model
         if statistics is None:
             statistics = measure(model, input_ids, asked, progress)
         staying = list(range(len(shape.layers)))

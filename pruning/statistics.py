@@ -30,6 +30,7 @@ def measure(
     found: Vectors = {}
     for statistic in dict.fromkeys(asked):
         found |= functions[statistic.name](model, input_ids, progress=progress, **dict(statistic.options))
+    found = {name: values.cpu() for name, values in found.items()}
     for name, values in found.items():
         if bad := int((~torch.isfinite(values)).sum()):
             raise ValueError(
@@ -55,7 +56,8 @@ def activations(model: PreTrainedModel, input_ids: Tensor, progress: Progress) -
         for batch, before in enumerate(hidden):
             with watch(layer, WRITERS) as seen:
                 hidden[batch] = walk.run(index, before)
-            alike += float(torch.cosine_similarity(before.float(), hidden[batch].float(), dim=-1).double().sum())
+            after = hidden[batch].float()
+            alike += float(torch.cosine_similarity(before.to(after), after, dim=-1).double().sum())
             for name, [(inputs, _)] in seen.items():
                 values = inputs.flatten(0, 1)
                 total = values.sum(0, dtype=torch.float64)
@@ -125,7 +127,8 @@ def gradients(
                 reducer = _Reducer({name: weights[name] for name in names if name in weights}, samples, curvature)
                 for number, part in enumerate(inputs.pop()):
                     leaf = part.detach().requires_grad_(True)
-                    walk.run(index, leaf).backward(above[number])
+                    output = walk.run(index, leaf)
+                    output.backward(above[number].to(output.device))
                     above[number] = _gradient(leaf)
                     reducer.fold(batches)
                 reducer.finish(found)
@@ -133,7 +136,8 @@ def gradients(
             if hidden:
                 reducer = _Reducer({"embed": weights["embed"]}, samples, curvature)
                 for number, ids in enumerate(walk.batches):
-                    model.get_input_embeddings()(ids).backward(above[number])
+                    embedded = model.get_input_embeddings()(ids)
+                    embedded.backward(above[number].to(embedded.device))
                 reducer.finish(found)
     finally:
         for name, parameter in model.named_parameters():
@@ -163,7 +167,7 @@ def _losses(walk: Walk, hidden: Tensor, ids: Tensor) -> Iterator[Tensor]:
     for start in range(0, ids.shape[1] - 1, size):
         labels = ids[:, start + 1 : start + 1 + size]
         logits = walk.logits(hidden[:, start : start + labels.shape[1]])
-        yield cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        yield cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), reduction="sum")
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -161,7 +161,9 @@ class Cutter:
         layers = [decoder.layers[layer.index] for layer in self.kept.layers]
         decoder.layers = nn.ModuleList(layers)
         self.config.dtype = model.dtype
-        device, state = model.device, model.state_dict()
+        state = model.state_dict()
+        devices = {tensor.device for tensor in state.values()}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")  # where it was spread, it is gathered
         with torch.device("meta"):
             new = self.model_class(self.config)  # pyright: ignore[reportCallIssue]
         new.load_state_dict(state, assign=True)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.placement import leave, visits
 from pruning.structures import decoder_layers
 
 BATCH_TOKENS = 1024  # tokens that pass a layer together
@@ -26,8 +28,15 @@ class Walk:
         self.model = model
         self.layers = decoder_layers(model)
         self.tokens = input_ids.numel()
+        weights = [next(layer.parameters()) for layer in self.layers]
+        # A layer that visits runs where the ends of the model are.
+        self.devices = [
+            model.device if visits(layer) else weight.device for layer, weight in zip(self.layers, weights, strict=True)
+        ]
+        self._running = 0
         self.batches = list(input_ids.to(model.device).split(max(1, batch_tokens // input_ids.shape[1])))
         self._arguments = self._note_arguments(self.batches[0][:1])
+        leave(self.layers[-1])
 
     def embed(self) -> list[Tensor]:
         """The residual stream before the first layer, one [batch, length, d] for each batch."""
@@ -35,12 +44,15 @@ class Walk:
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """The residual stream after layer `index`."""
-        output = self.layers[index](hidden, **self._arguments[index])
+        self._enter(index)
+        output = self.layers[index](hidden.to(self.devices[index]), **self._arguments[index])
         return output[0] if isinstance(output, tuple) else output
 
     def run_half(self, index: int, half: int, hidden: Tensor) -> None:
         """Run only the attention (0) or the FFN (1) of layer `index`, for whoever watches its projections."""
-        layer: Any = self.layers[index]
+        self._enter(index)
+        layer: Any = self.layers[index].to(self.devices[index])
+        hidden = hidden.to(self.devices[index])
         if half == 0:
             layer.self_attn(hidden_states=layer.input_layernorm(hidden), **self._arguments[index])
         else:
@@ -49,14 +61,22 @@ class Walk:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits from the residual stream after the last layer."""
         model: Any = self.model
-        return model.get_output_embeddings()(model.get_decoder().norm(hidden)).float()
+        norm, head = model.get_decoder().norm, model.get_output_embeddings()
+        return head(norm(hidden.to(norm.weight.device)).to(head.weight.device)).float()
+
+    def _enter(self, index: int) -> None:
+        """The layer that ran before goes back to where it lies, whichever order the layers are run in."""
+        if index != self._running:
+            leave(self.layers[self._running])
+            self._running = index
 
     def _note_arguments(self, window: Tensor) -> list[dict[str, Any]]:
         noted: list[dict[str, Any]] = [{} for _ in self.layers]
 
         def note(index: int):
             def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-                noted[index] = {key: value for key, value in named.items() if key != "hidden_states"}
+                passed = {key: value for key, value in named.items() if key != "hidden_states"}
+                noted[index] = send_to_device(passed, self.devices[index])
 
             return hook
 

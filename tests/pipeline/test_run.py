@@ -128,6 +128,8 @@ def test_a_second_run_is_all_cached_and_never_imports_torch(world: Path):
 def test_another_rank_keeps_the_pruned_model_and_the_dense_and_pruned_scores(world: Path):
     run()
     plan = json.loads(regrow("plan", "run.yaml", "--json", "--set", "recovery.adapter.rank=2").stdout)
+    weights = json.loads((world / "runs/small/results.json").read_text())["models"]["dense"]["bytes"]
+    assert weights < plan["pruning_memory_bytes"] < 100 * weights  # of a tiny model, most is not weights
     whys = {(step["stage"], step["model"]): step["why"] for step in plan["steps"] if step["status"] == "build"}
     assert whys["recover", "pruned"] == "config.adapter.rank: 4 -> 2"
     assert whys["merge", "pruned"] == "the adapter changed"
