@@ -61,12 +61,8 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k >= logits.shape[-1]:
         return torch.arange(logits.shape[-1], device=logits.device).expand_as(logits), logits - total
     values, ids = logits.topk(k)
-    return ids, torch.cat([values, others(logits, ids)], -1) - total
-
-
-def others(logits: Tensor, ids: Tensor) -> Tensor:
-    """log of the summed exponentials [n, 1] of the logits [n, vocabulary] that are not among `ids` [n, k]."""
-    return logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return ids, torch.cat([values, others], -1) - total
 
 
 class Live:

@@ -58,6 +58,11 @@ def student(dense: LlamaForCausalLM) -> LlamaForCausalLM:
     return other
 
 
+def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, temperature: float) -> float:
+    labels = torch.full((len(logits),), IGNORED)
+    return distill.terms(logits, labels, teacher.Targets(ids, logprobs), temperature, 1.0, 1.0)[1]
+
+
 def test_divergence_by_hand() -> None:
     probabilities = torch.tensor([[0.25, 0.1, 0.5, 0.15]])
     ids, logprobs = teacher.top(probabilities.log() + 3, 2)
@@ -65,31 +70,37 @@ def test_divergence_by_hand() -> None:
     torch.testing.assert_close(logprobs.exp(), torch.tensor([[0.5, 0.25, 0.25]]))
     uniform = torch.zeros(1, 4)  # of the classes: 1/4, 1/4, 1/2
     expected = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)
-    assert float(distill.divergence(uniform, ids, logprobs, 1.0)) == pytest.approx(expected)
+    assert divergence(uniform, ids, logprobs, 1.0) == pytest.approx(expected)
     r = 2**-0.5  # square roots of the classes: teacher r, 1/2, 1/2; student 1/2, 1/2, r; both sum to 1 + r
     expected = (r * math.log(2 * r) + 0.5 * math.log(0.5 / r)) / (1 + r)
-    assert float(distill.divergence(uniform, ids, logprobs, 2.0)) == pytest.approx(expected)
-    assert float(distill.divergence(probabilities.log(), ids, logprobs, 2.0)) == pytest.approx(0, abs=1e-6)
+    assert divergence(uniform, ids, logprobs, 2.0) == pytest.approx(expected)
+    assert divergence(probabilities.log(), ids, logprobs, 2.0) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_whole_vocabulary_is_torchs_kl_div(temperature: float) -> None:
+@pytest.mark.parametrize("k", [50, 49, 6])
+def test_terms_and_gradient_are_autograds(k: int, temperature: float) -> None:
+    """Over the whole vocabulary against torch's kl_div as it stands; over k classes against a rest formed by hand."""
     torch.manual_seed(0)
     theirs, ours = 3 * torch.randn(7, 50), (3 * torch.randn(7, 50)).requires_grad_()
-    expected = functional.kl_div(
-        functional.log_softmax(ours / temperature, -1), functional.softmax(theirs / temperature, -1), reduction="sum"
-    )
-    ids, logprobs = teacher.top(theirs, 50)
-    assert logprobs.shape == ids.shape == (7, 50)
-    found = distill.divergence(ours, ids, logprobs, temperature)
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    gradients = [torch.autograd.grad(value, ours)[0] for value in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    # Fewer classes never show more divergence, and nearly all of them show nearly all of it.
-    cut = [float(distill.divergence(ours, *teacher.top(theirs, k), 1.0).detach()) for k in (2, 10, 49)]
-    assert cut == sorted(cut)
-    if temperature == 1:
-        assert cut[-1] == pytest.approx(float(expected.detach()), rel=1e-3)
+    labels = torch.tensor([4, IGNORED, 0, 49, IGNORED, 7, 7])
+    ids, logprobs = teacher.top(theirs, k)
+    goal, mine = theirs, ours
+    if k < 50:
+        order = theirs.argsort(-1, descending=True)
+        assert torch.equal(ids, order[:, :k])
+        goal, mine = (
+            torch.cat(
+                [part.softmax(-1).gather(-1, order[:, :k]), part.softmax(-1).gather(-1, order[:, k:]).sum(-1, True)], -1
+            ).log()
+            for part in (theirs, ours)
+        )
+    apart = functional.kl_div((mine / temperature).log_softmax(-1), (goal / temperature).softmax(-1), reduction="sum")
+    task = functional.cross_entropy(ours, labels, reduction="sum", ignore_index=IGNORED)
+    (expected,) = torch.autograd.grad(0.2 * task + 0.7 * apart, ours)
+    found = distill.terms(ours.detach(), labels, teacher.Targets(ids.int(), logprobs), temperature, 0.2, 0.7)
+    assert found[:2] == pytest.approx((float(task.detach()), float(apart.detach())), rel=1e-5)
+    torch.testing.assert_close(found[2], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", ["labelled", "all"])
