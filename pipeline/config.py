@@ -175,6 +175,13 @@ class RunConfig(BaseModel):
     def _complete(self) -> "RunConfig":
         if self.pruning and not self.calibration and (criteria.statistics(self.pruning) or self.pruning.runs_on_text):
             raise ValueError("pruning.calibration: missing; give the text that the criterion looks at")
+        if self.pruning and self.calibration and self.pruning.compensation.method == "least_squares":
+            windows = self.pruning.compensation.samples or self.calibration.samples
+            if self.pruning.compensation.ridge == "auto" and windows < 4:
+                raise ValueError(
+                    f"pruning.compensation: ridge: auto judges by every fourth of at least 4 calibration windows, not "
+                    f"{windows}; raise samples, or give ridge a number"
+                )
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")
         if not (self.pruning or self.recovery):

@@ -10,10 +10,13 @@ output, x the pruned one's input and W_k the kept columns, over all calibration 
     W' = argmin  sum |y - W' x|^2 + r |W' - W_k|^2  =  (sum y x^T + r W_k) (sum x x^T + r I)^-1
 
 with r = `ridge` times the mean of the diagonal of sum x x^T: towards the original weights, not towards zero. First
-o_proj, then down_proj on what the new o_proj gives it. Sums are float32, the solution is float64.
+o_proj, then down_proj on what the new o_proj gives it. Sums are float32, the solution is float64. Few tokens are easily
+fitted too well, so by default each projection takes the ridge, out of `RIDGES`, whose fit to three quarters of the
+windows is best on the fourth; the weights are then fitted to all of them.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from pruning.surgery import Cutter
 from pruning.walk import Walk, watch
 
 Progress = Callable[[int, int, str], None]
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+HELD_OUT = 4  # one calibration window of so many judges the ridge
 
 
 def cut_with(
@@ -42,6 +47,13 @@ def cut_with(
     ValueError, with nothing cut, when no class can hold the result.
     """
     compensation = config.compensation
+    if compensation.method == "least_squares" and compensation.ridge == "auto":
+        assert input_ids is not None
+        if len(input_ids) < HELD_OUT:
+            raise ValueError(
+                f"compensation: ridge: auto judges by every {HELD_OUT}th calibration window, and there are only "
+                f"{len(input_ids)}; raise samples, or give ridge a number"
+            )
     cutter = Cutter(model, kept, biased=compensation.method == "bias", free=config.shape == "free")
     if compensation.method == "least_squares":
         assert input_ids is not None
@@ -71,7 +83,7 @@ def _mean_outputs(layer: nn.Module, keep: KeptLayer, cutter: Cutter, statistics:
 
 @torch.no_grad()
 def _refit(
-    cutter: Cutter, model: PreTrainedModel, input_ids: Tensor, ridge: float, progress: Progress
+    cutter: Cutter, model: PreTrainedModel, input_ids: Tensor, ridge: float | Literal["auto"], progress: Progress
 ) -> PreTrainedModel:
     walk = Walk(model, input_ids)
     dense = walk.embed()
@@ -101,28 +113,48 @@ def _refit(
     return cutter.assemble()
 
 
-def _fit(linear: nn.Linear, inputs: list[Tensor], targets: list[Tensor], channels: Tensor | None, ridge: float) -> None:
+def _fit(
+    linear: nn.Linear,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    channels: Tensor | None,
+    ridge: float | Literal["auto"],
+) -> None:
     """Refit one cut projection to the dense one's outputs, on the inputs that the cut layer gives it."""
     size, device = linear.in_features, linear.weight.device
-    gram = torch.zeros(size, size, device=device)
-    cross = torch.zeros(linear.out_features, size, device=device)
+    # Sums over the windows that are fitted to, and over those that judge the ridge.
+    grams = [torch.zeros(size, size, device=device) for _ in range(2)]
+    crosses = [torch.zeros(linear.out_features, size, device=device) for _ in range(2)]
+    window = 0
     for values, target in zip(inputs, targets, strict=True):
-        x, y = values.flatten(0, 1).float(), target.flatten(0, 1).float()
-        y = y if channels is None else y[:, channels.to(device)]
-        if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
-            y = y - linear.bias.float()
-        gram.addmm_(x.T, x)
-        cross.addmm_(y.T, x)
-    linear.weight.copy_(solve(gram, cross, linear.weight, ridge))
+        numbers = torch.arange(window, window + len(values), device=device)
+        window += len(values)
+        judging = numbers % HELD_OUT == HELD_OUT - 1
+        for part, chosen in enumerate((~judging, judging)):
+            x, y = values[chosen].flatten(0, 1).float(), target.to(device)[chosen].flatten(0, 1).float()
+            y = y if channels is None else y[:, channels.to(device)]
+            if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                y = y - linear.bias.float()
+            grams[part].addmm_(x.T, x)
+            crosses[part].addmm_(y.T, x)
+    if ridge == "auto":
+        ridge = min(RIDGES, key=lambda value: _held_out_error(linear.weight, grams, crosses, value))
+    linear.weight.copy_(solve(grams[0].add_(grams[1]), crosses[0].add_(crosses[1]), linear.weight, ridge))
 
 
-def solve(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """argmin over W' of sum |y - W' x|^2 + r |W' - weight|^2, from sum x x^T [in, in] and sum y x^T [out, in]; float64.
+def _held_out_error(weight: Tensor, grams: list[Tensor], crosses: list[Tensor], ridge: float) -> float:
+    """sum |y - W' x|^2 over the judging windows, less the constant sum |y|^2, for W' fitted to the others."""
+    fitted = solve(grams[0], crosses[0], weight, ridge, torch.float32)
+    return float((fitted @ grams[1] - 2 * crosses[1]).mul_(fitted).sum())
 
-    r is `ridge` times the mean of the diagonal; inputs that are always zero keep their weights.
+
+def solve(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """argmin over W' of sum |y - W' x|^2 + r |W' - weight|^2, from sum x x^T [in, in] and sum y x^T [out, in].
+
+    r is `ridge` times the mean of the diagonal; inputs that are always zero keep their weights. Computed in `dtype`.
     """
-    system = gram.double()
+    system = gram.to(dtype, copy=True)
     pull = ridge * system.diagonal().mean().clamp(min=1e-12)
     system.diagonal().add_(pull)
-    right = (cross.double() + pull * weight.double()).T
+    right = (cross.to(dtype) + pull * weight.to(dtype)).T
     return torch.cholesky_solve(right, torch.linalg.cholesky(system)).T

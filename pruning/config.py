@@ -48,12 +48,12 @@ class Compensation(Section):
 
     `bias` adds the removed channels' mean contribution as a bias (FLAP). `least_squares` refits the kept weights so
     that each projection's output on calibration text stays; `ridge` times the mean of the Gram matrix' diagonal pulls
-    the solution towards the original weights. `samples` and `length` of calibration text, where it should see other
-    windows than the criterion does.
+    the solution towards the original weights (`auto`: each projection's own, judged by a quarter of the windows).
+    `samples` and `length` of calibration text, where it should see other windows than the criterion does.
     """
 
     method: Literal["none", "bias", "least_squares"] = "none"
-    ridge: float = Field(default=0.01, gt=0)
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     samples: int | None = Field(default=None, ge=1)
     length: int | None = Field(default=None, ge=2)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pruning import criteria
-from pruning.compensation import solve
+from pruning import compensation, criteria
+from pruning.compensation import RIDGES, solve
 from pruning.prune import PruneResult, prune
 from pruning.statistics import measure
 
@@ -59,6 +59,33 @@ def test_refitted_weights_reproduce_the_dense_outputs_on_pruned_inputs(
         assert ((y - seen @ found.T) ** 2).sum() <= ((y - seen @ old.T) ** 2).sum()
 
 
+def test_the_ridge_is_the_one_that_serves_windows_it_was_not_fitted_to(monkeypatch: pytest.MonkeyPatch):
+    random = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(8, 5, 6, generator=random), 3 * torch.randn(8, 5, 3, generator=random)
+    linear = torch.nn.Linear(6, 3, bias=False).requires_grad_(False)
+    old = linear.weight.clone()
+    y = x @ old.T + noise  # nothing is wrong with the old weights: what can be fitted is noise
+    errors = {}
+    for ridge in RIDGES:
+        fit, judge = [n for n in range(8) if n % 4 != 3], [3, 7]
+        rows, pull = x[fit].flatten(0, 1).double(), ridge * float(x[fit].double().square().sum((0, 1)).mean())
+        stacked = numpy.concatenate([rows, numpy.sqrt(pull) * numpy.eye(6)])
+        wanted = numpy.concatenate([y[fit].flatten(0, 1), numpy.sqrt(pull) * old.T.numpy()])
+        weight = numpy.linalg.lstsq(stacked, wanted, rcond=None)[0]
+        errors[ridge] = float(((y[judge].numpy() - x[judge].numpy() @ weight) ** 2).sum())
+    best = min(errors, key=errors.__getitem__)
+    assert best != min(RIDGES)
+    chosen: list[float] = []
+    monkeypatch.setattr(compensation, "solve", lambda *a: (chosen.append(a[3]) if len(a) == 4 else None, solve(*a))[1])
+    compensation._fit(linear, list(x.split(3)), list(y.split(3)), None, "auto")
+    assert chosen == [best]
+
+
+def test_few_windows_cannot_judge_a_ridge(random_model: Any, ids: torch.Tensor):
+    with pytest.raises(ValueError, match="there are only 3; raise samples, or give ridge a number"):
+        pruned(random_model(), ids, compensation="least_squares")
+
+
 @pytest.mark.parametrize("structures", [("ffn",), ("hidden",), ("layers",)])
 def test_least_squares_brings_the_logits_nearer_to_the_dense_ones(
     random_model: Any, ids: torch.Tensor, structures: tuple[str, ...]
@@ -66,10 +93,11 @@ def test_least_squares_brings_the_logits_nearer_to_the_dense_ones(
     with torch.no_grad():
         dense = random_model()(input_ids=ids).logits
         distance = {}
-        for compensation in ("none", "least_squares"):
-            config = criteria.load("magnitude").Config(ratio=0.2, structures=structures, compensation=compensation)
+        for method in ("none", "least_squares"):
+            said = {"method": method, "ridge": 0.01}
+            config = criteria.load("magnitude").Config(ratio=0.2, structures=structures, compensation=said)
             result = prune(random_model(), ids, config)
-            distance[compensation] = float((result.model(input_ids=ids).logits - dense).norm())
+            distance[method] = float((result.model(input_ids=ids).logits - dense).norm())
     assert distance["least_squares"] < distance["none"]
 
 
@@ -90,7 +118,7 @@ def test_the_bias_is_the_removed_channels_mean_contribution(random_model: Any, i
 
 
 def test_statistics_are_measured_once_and_other_text_serves_the_compensation(random_model: Any, ids: torch.Tensor):
-    config = criteria.load("wanda").Config(ratio=0.15, compensation="least_squares")
+    config = criteria.load("wanda").Config(ratio=0.15, compensation={"method": "least_squares", "ridge": 0.1})
     other = torch.randint(4, 200, (5, 20), generator=torch.Generator().manual_seed(2))
     model = random_model()
     found = measure(model, ids, criteria.statistics(config), lambda done, total, note: None)

@@ -16,7 +16,12 @@ from pruning.structures import decoder_layers
     [
         {"method": "llm_pruner", "structures": ("hidden", "ffn")},
         {"method": "llm_pruner", "steps": 2},
-        {"method": "wanda", "structures": ("ffn",), "compensation": "least_squares", "depth": {"layers": 1}},
+        {
+            "method": "wanda",
+            "structures": ("ffn",),
+            "compensation": {"method": "least_squares", "ridge": 0.1},
+            "depth": {"layers": 1},
+        },
         {"method": "flap", "shape": "free", "allocation": "global"},
         {"method": "shortened", "protect": {"first": 0, "last": 0}},
     ],
