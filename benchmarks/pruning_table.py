@@ -55,7 +55,9 @@ def main() -> None:
     for seed, ratio, label, compensation in itertools.product(
         options.seeds, options.ratios, cells["criteria"], options.compensations
     ):
-        if not options.only or any(part in label for part in options.only):
+        if ratio in cells["criteria"][label].get("ratios", options.ratios) and (
+            not options.only or label in options.only
+        ):
             wanted.append({"label": label, "ratio": ratio, "compensation": compensation, "seed": seed})
     for cell in wanted:
         if _key(cell) in done:
@@ -64,11 +66,10 @@ def main() -> None:
         model, extra = dense, {}
         if cell["ratio"]:
             said = {"compensation": cell["compensation"], **cells["criteria"][cell["label"]]}
+            said.pop("ratios", None)
             if cell["compensation"] == "none" and said["method"] == "flap":
                 said["compensation"] = "bias"  # FLAP without its bias is not FLAP
-            settings = criteria.load(said["method"]).Config(
-                ratio=cell["ratio"], seed=cell["seed"], **said, **_shared(options)
-            )
+            settings = criteria.load(said["method"]).Config(ratio=cell["ratio"], seed=cell["seed"], **said)
             asked = criteria.statistics(settings)
             gradient = any(statistic.name != "activations" for statistic in asked)
             windows = {
@@ -161,10 +162,6 @@ def _entry(cells: list[dict[str, Any]]) -> str:
     )
 
 
-def _shared(options: argparse.Namespace) -> dict[str, Any]:
-    return yaml.safe_load(options.set) if options.set else {}
-
-
 def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("label", "ratio", "compensation", "seed"))
 
@@ -180,13 +177,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--store", type=Path, default=Path("store"))
-    parser.add_argument("--only", nargs="*", help="criteria whose label contains one of these")
+    parser.add_argument("--only", nargs="*", help="the criteria of these labels")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.35, 0.5])
     parser.add_argument("--compensations", nargs="*", default=["none", "least_squares"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--tokens", type=int, default=16_384, help="scored tokens of WikiText-2")
-    parser.add_argument("--items", type=int, default=40, help="scored questions of each suite")
-    parser.add_argument("--set", help="YAML mapping put into every cell's pruning section")
+    parser.add_argument("--tokens", type=int, default=8_192, help="scored tokens of WikiText-2")
+    parser.add_argument("--items", type=int, default=10, help="scored questions of each suite")
     parser.add_argument("--table", action="store_true", help="print the table of what --out holds")
     return parser.parse_args()
 
