@@ -251,3 +251,7 @@ def gc_command(dry_run: bool, store: Path) -> None:
     for folder, size in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size / 1e6:.1f} MB)")
     click.echo(f"{len(removed)} folders, {sum(size for _, size in removed) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

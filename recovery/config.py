@@ -1,6 +1,7 @@
 """What the trainer is told. Data sources are the caller's.
 
-All but `checkpoint_every` and `distillation.cache` is part of a result's key."""
+All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is part of a result's key.
+"""
 
 import difflib
 from typing import Any, Literal
@@ -20,6 +21,7 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     fraction: float = Field(default=0.02, ge=0, lt=0.5, description="share of every source that is held out")
     tokens: int = Field(default=2048, ge=1, description="held-out tokens scored each time, about")
     times: int = Field(default=4, ge=1, description="how often during the run, at even distances, the last at the end")
+    patience: int | None = Field(default=None, ge=1, description="measurements without a better one that end the run")
 
 
 class Distillation(BaseModel, frozen=True, extra="forbid"):
@@ -62,6 +64,9 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
     distillation: Distillation | None = None
     validation: Validation = Validation()
     seed: int = Field(default=0, description="of adapters, held-out part, order and dropout")
+    gradient_checkpointing: bool = Field(
+        default=False, exclude=True, description="compute each layer's inside again in the backward pass: less memory"
+    )
     checkpoint_every: float = Field(default=60.0, ge=0, exclude=True, description="seconds between checkpoints")
 
     @field_validator("adapter", mode="before")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LOG = "log.jsonl"
+RECENT = 10  # steps whose mean loss is watched
 
 
 @dataclass
@@ -22,6 +23,25 @@ class State:
     best_step: int = 0
     validation: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    lowest: float = math.inf  # of the means over RECENT steps
+
+
+def diverged(state: State, loss: float) -> bool:
+    """Take a step's loss down; has the mean of the last RECENT risen to more than half as much again as the lowest such
+    mean, and one nat? Noise does not do that, and a recovery that does will not come back."""
+    state.recent = [*state.recent[1 - RECENT :], loss]
+    if len(state.recent) < RECENT:
+        return False
+    mean = sum(state.recent) / RECENT
+    state.lowest = min(state.lowest, mean)
+    return mean > 1.5 * state.lowest + 1
+
+
+def worn_out(state: State, patience: int | None) -> bool:
+    """Were the last `patience` held-out losses no better than the best before them?"""
+    since = [check for check in state.validation if check["step"] > state.best_step]
+    return patience is not None and len(since) >= patience
 
 
 def write(folder: Path, state: State, losses: dict[str, float], rate: float) -> None:
@@ -50,7 +70,7 @@ def note(state: State, loss: float, budget: int) -> str:
     return f"loss {loss:.3f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
 
 
-def report(folder: Path, state: State, trainable: int, layers: int) -> dict[str, Any]:
+def report(folder: Path, state: State, trainable: int, layers: int, stopped: bool) -> dict[str, Any]:
     """The run in numbers; `loss` is the mean training loss of each tenth of the steps."""
     losses: list[float] = [json.loads(line)["loss"] for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     edges = [round(n * len(losses) / 10) for n in range(11)]
@@ -66,6 +86,7 @@ def report(folder: Path, state: State, trainable: int, layers: int) -> dict[str,
         "loss": [round(sum(part) / len(part), 5) for part in tenths],
         "validation": state.validation,
         "best_step": state.best_step or state.step,
+        "stopped_early": stopped,
         "seconds": round(state.seconds, 2),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
     }

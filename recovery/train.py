@@ -44,7 +44,7 @@ def train(
     `scratch`, and writes `log.jsonl` (one line a step) there. `progress` gets tokens fed, tokens in all, and a note
     with loss, speed and time left. `teacher` says what the dense model would, where `config.distillation` asks for it.
     Returns a report (`history.report`). Raises ValueError for data without a token to learn or a checkpoint of another
-    config, and RuntimeError when the loss is not finite.
+    config, and RuntimeError when the loss is not finite or has risen far above its lowest.
     """
     rows, validation = feed(sources, tokenizer, config)
     run = _Run(model, config, scratch, validation, progress, teacher)
@@ -52,6 +52,8 @@ def train(
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
     for batch in batches(remaining, left, config.batch_tokens, config.max_length):
+        if history.worn_out(run.state, config.validation.patience):
+            break
         run.step(batch)
         if time.monotonic() - saved >= config.checkpoint_every:
             run.save()
@@ -85,6 +87,8 @@ class _Run:
         self.validation, self.progress, self.teacher = validation, progress, teacher
         self.layers = inject.attach(model, config.adapter, config.seed)
         self.parameters = inject.trainable(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -119,6 +123,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Put the best adapter back and say how it went."""
         state = self.state
+        worn_out = history.worn_out(state, self.config.validation.patience)
         if not state.validation or state.validation[-1]["step"] != state.step:
             self._validate()
         if self.validation and state.best_step != state.step:
@@ -127,8 +132,10 @@ class _Run:
         with torch.no_grad():
             self.method.finish(self._methods())
         self.model.eval()
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
-        return history.report(self.scratch, state, trainable, len(self.layers))
+        return history.report(self.scratch, state, trainable, len(self.layers), worn_out)
 
     def _update(self, batch: Sequence[Row], rate: float, share: float) -> dict[str, float]:
         """One optimizer step; returns the batch's loss and the terms it is made of."""
@@ -141,7 +148,12 @@ class _Run:
             losses = self._backward(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
-            self._fail(losses["loss"], float(norm), batch)
+            self._fail(f"is {losses['loss']} (gradient norm {float(norm)})", batch)
+        if history.diverged(self.state, losses["loss"]):
+            recent = sum(self.state.recent) / len(self.state.recent)
+            self._fail(
+                f"has risen to {recent:.3g} from {self.state.lowest:.3g} (means of {history.RECENT} steps)", batch
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -178,13 +190,16 @@ class _Run:
             state.best, state.best_step = loss, state.step
             checkpoints.write(self.scratch / checkpoints.BEST, self._tensors(), {"step": state.step, "loss": loss})
 
-    def _fail(self, loss: float, norm: float, batch: Sequence[Row]) -> None:
-        last = self.scratch / checkpoints.LAST
-        good = f"{last} of step {checkpoints.state_of(last)['step']}" if last.is_file() else "none yet"
+    def _fail(self, what: str, batch: Sequence[Row]) -> None:
+        good = [
+            f"{path} of step {checkpoints.state_of(path)['step']}"
+            for name in (checkpoints.LAST, checkpoints.BEST)
+            if (path := self.scratch / name).is_file()
+        ]
         rows = f"rows {self.state.rows + 1} to {self.state.rows + len(batch)}"
         raise RuntimeError(
-            f"the loss is {loss} at step {self.state.step + 1} ({rows}; gradient norm {norm}); "
-            f"last good checkpoint: {good}. Lower recovery.learning_rate or the adapter's alpha"
+            f"the loss {what} at step {self.state.step + 1} ({rows}); last good checkpoint: "
+            f"{', best adapter: '.join(good) or 'none yet'}. Lower recovery.learning_rate or the adapter's alpha"
         )
 
     def _resume(self) -> None:

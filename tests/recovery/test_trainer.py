@@ -176,9 +176,109 @@ def test_a_loss_that_is_not_finite(
             tiny_model.lm_head.weight.data.fill_(torch.nan)
 
     with pytest.raises(
-        RuntimeError, match=r"loss is nan at step 3 .*last good checkpoint: .* of step 2\b.*learning_rate"
+        RuntimeError, match=r"loss is nan .*at step 3 .*last good checkpoint: .* of step 2\b.*learning_rate"
     ):
         train(tiny_model, tiny_tokenizer, SOURCES, config_of(validation={"fraction": 0}), tmp_path, poison)
+
+
+def test_a_loss_that_rises_far_stops_the_run(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    state, means = history.State(), []
+    losses = [4.0] * 10 + [2.0] * 10 + [9.0] * 10
+    for loss in losses:
+        means.append(history.diverged(state, loss))
+    # lowest mean 2, so more than 4: (6 * 2 + 4 * 9) / 10 = 4.8 is, (7 * 2 + 3 * 9) / 10 = 4.1 is, 3.4 is not
+    assert means.index(True) == 22
+    assert state.lowest == 2.0
+
+    def spoil(done: int, total: int, note: str) -> None:
+        if done > 2500:
+            tiny_model.lm_head.weight.data.mul_(3)
+
+    config = config_of(tokens=10_000, batch_tokens=128, validation={"fraction": 0})
+    with pytest.raises(
+        RuntimeError, match=r"has risen to .* from .* at step \d+ \(rows \d+ to \d+\); last good checkpoint"
+    ):
+        train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path, spoil)
+
+
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(losses))
+    config = config_of(tokens=3000, validation={"fraction": 0.1, "times": 10, "patience": 2})
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path)
+    assert [check["loss"] for check in report["validation"]] == [3.0, 2.0, 2.5, 2.1]
+    assert report["stopped_early"]
+    assert report["tokens"] <= 3000 * 0.4 + 256
+    kept, parameters = load_file(tmp_path / checkpoints.BEST), inject.trainable(tiny_model)
+    assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
+    # A run that was cut off after its last step does not go on either.
+    again = train(copy_of(tiny_model), tiny_tokenizer, SOURCES, config, tmp_path)
+    assert again["steps"] == report["steps"]
+
+
+def copy_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model without its adapters."""
+    other = copy.deepcopy(model)
+    inject.detach(other)
+    return other
+
+
+@pytest.mark.parametrize("method", ["rora", "dora", "randlora"])
+def test_gradient_checkpointing_changes_no_bit(
+    method: str,
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    found: list[dict[str, torch.Tensor]] = []
+    forwards: list[int] = []
+    for on in (False, True):
+        model, place = copy.deepcopy(tiny_model), tmp_path / str(on)
+        place.mkdir()
+        passes = 0
+        model.model.layers[0].input_layernorm.register_forward_hook(count)
+        adapter = {"method": method, "rank": 4, "dropout": 0.1}
+        config = config_of(adapter=adapter, tokens=600, gradient_checkpointing=on, validation={"fraction": 0})
+        train(model, tiny_tokenizer, SOURCES, config, place)
+        found.append({name: tensor.detach() for name, tensor in inject.trainable(model).items()})
+        forwards.append(passes)
+        assert not model.is_gradient_checkpointing
+    assert forwards[1] == 2 * forwards[0]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("method", sorted(adapters.names()))
+def test_masters_are_float32_on_a_bfloat16_base(
+    method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Steps far smaller than a bfloat16's last digit are not lost."""
+    model = tiny_model.bfloat16()
+    config = config_of(adapter={"method": method}, tokens=800, learning_rate=1e-6, warmup=0)
+    inject.attach(model, config.adapter, config.seed)
+    before = {name: tensor.detach().clone() for name, tensor in inject.trainable(model).items()}
+    inject.detach(model)
+    train(model, tiny_tokenizer, SOURCES, config, tmp_path)
+    parameters = inject.trainable(model)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    moments = load_file(tmp_path / checkpoints.LAST)
+    assert {tensor.dtype for name, tensor in moments.items() if ":" in name} == {torch.float32}
+    moved = [(parameters[name].detach() - before[name]).abs().max() for name in before]
+    assert 0 < float(max(moved)) < 1e-4
+    assert {module.linear.weight.dtype for module in inject.adapted(model).values()} == {torch.bfloat16}
 
 
 class Gated(lora.Method):
