@@ -7,12 +7,15 @@ makes a bias: b = sum over removed j of W[:, j] m_j. The kept weights stay.
 with two streams, one through the dense model, one through the model pruned so far. With y the dense projection's
 output, x the pruned one's input and W_k the kept columns, over all calibration tokens,
 
-    W' = argmin  sum |y - W' x|^2 + r |W' - W_k|^2  =  (sum y x^T + r W_k) (sum x x^T + r I)^-1
+    W' = argmin  sum |y + c (h - k) - W' x|^2 + r |W' - W_k|^2
 
-with r = `ridge` times the mean of the diagonal of sum x x^T: towards the original weights, not towards zero. First
-o_proj, then down_proj on what the new o_proj gives it. Sums are float32, the solution is float64. Few tokens are easily
-fitted too well, so by default each projection takes the ridge, out of `RIDGES`, whose fit to three quarters of the
-windows is best on the fourth; the weights are then fitted to all of them.
+where h - k is how far the pruned residual stream k has drifted from the dense one h before this projection adds to it,
+and c = `drift` is the share of it that is taken back: without it errors of all layers pile up, and a dropped layer is
+made up for by nobody. For c = 0 that is (sum y x^T + r W_k) (sum x x^T + r I)^-1. r = `ridge` times the mean of the
+diagonal of sum x x^T pulls towards the original weights, not towards zero. First o_proj, then down_proj on what the new
+o_proj gives it. Sums are float32, the solution is float64. Few tokens are easily fitted too well, so by default each
+projection takes the ridge, out of `RIDGES`, whose fit to three quarters of the windows is best on the fourth; the
+weights are then fitted to all of them.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.config import PruningConfig
+from pruning.config import Compensation, PruningConfig
 from pruning.resident import give_back
 from pruning.structures import WRITERS, Kept, KeptLayer, Vectors, decoder_layers
 from pruning.surgery import Cutter
@@ -57,7 +60,7 @@ def cut_with(
     cutter = Cutter(model, kept, biased=compensation.method == "bias", free=config.shape == "free")
     if compensation.method == "least_squares":
         assert input_ids is not None
-        return _refit(cutter, model, input_ids, compensation.ridge, progress)
+        return _refit(cutter, model, input_ids, compensation, progress)
     layers = decoder_layers(model)
     cutter.cut_ends()
     for keep in kept.layers:
@@ -83,7 +86,7 @@ def _mean_outputs(layer: nn.Module, keep: KeptLayer, cutter: Cutter, statistics:
 
 @torch.no_grad()
 def _refit(
-    cutter: Cutter, model: PreTrainedModel, input_ids: Tensor, ridge: float | Literal["auto"], progress: Progress
+    cutter: Cutter, model: PreTrainedModel, input_ids: Tensor, compensation: Compensation, progress: Progress
 ) -> PreTrainedModel:
     walk = Walk(model, input_ids)
     dense = walk.embed()
@@ -92,21 +95,27 @@ def _refit(
     keeps = {keep.index: keep for keep in cutter.kept.layers}
     for index, layer in enumerate(walk.layers):
         progress(index, len(walk.layers), "least squares")
+        before = dense
         with watch(layer, WRITERS) as dense_seen:
-            dense = [walk.run(index, hidden) for hidden in dense]
+            dense = [walk.run(index, hidden) for hidden in before]
         keep = keeps.get(index)
         if keep is None:
             continue
         cutter.cut_layer(layer, keep)
         for writer, name in enumerate(WRITERS):
-            targets = [output for _, output in dense_seen.pop(name)]
+            outputs = [output for _, output in dense_seen.pop(name)]
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             with watch(layer, (name,)) as seen:
                 for hidden in pruned:
                     walk.run_half(index, writer, hidden)
             inputs = [values for values, _ in seen[name]]
-            _fit(linear, inputs, targets, cutter.hidden, ridge)
+            targets: list[Tensor] = []
+            for output, h, k in zip(outputs, before, pruned, strict=True):
+                y, drifted = (part if cutter.hidden is None else part[..., cutter.hidden] for part in (output, h))
+                targets.append(y + compensation.drift * (drifted.to(y.device) - k.to(y.device)))
+            _fit(linear, inputs, targets, compensation.ridge)
+            before = [hidden.to(output.device) + output for hidden, output in zip(before, outputs, strict=True)]
             pruned = [hidden.to(x.device) + linear(x) for hidden, x in zip(pruned, inputs, strict=True)]
         give_back()
     progress(len(walk.layers), len(walk.layers), "least squares")
@@ -117,10 +126,9 @@ def _fit(
     linear: nn.Linear,
     inputs: list[Tensor],
     targets: list[Tensor],
-    channels: Tensor | None,
     ridge: float | Literal["auto"],
 ) -> None:
-    """Refit one cut projection to the dense one's outputs, on the inputs that the cut layer gives it."""
+    """Refit one cut projection to what it shall give on the inputs that the cut layer gives it."""
     size, device = linear.in_features, linear.weight.device
     # Sums over the windows that are fitted to, and over those that judge the ridge.
     grams = [torch.zeros(size, size, device=device) for _ in range(2)]
@@ -132,7 +140,6 @@ def _fit(
         judging = numbers % HELD_OUT == HELD_OUT - 1
         for part, chosen in enumerate((~judging, judging)):
             x, y = values[chosen].flatten(0, 1).float(), target.to(device)[chosen].flatten(0, 1).float()
-            y = y if channels is None else y[:, channels.to(device)]
             if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 y = y - linear.bias.float()
             grams[part].addmm_(x.T, x)

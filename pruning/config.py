@@ -49,11 +49,13 @@ class Compensation(Section):
     `bias` adds the removed channels' mean contribution as a bias (FLAP). `least_squares` refits the kept weights so
     that each projection's output on calibration text stays; `ridge` times the mean of the Gram matrix' diagonal pulls
     the solution towards the original weights (`auto`: each projection's own, judged by a quarter of the windows).
+    `drift` is the share of the residual stream's deviation, piled up so far, that each projection also takes back.
     `samples` and `length` of calibration text, where it should see other windows than the criterion does.
     """
 
     method: Literal["none", "bias", "least_squares"] = "none"
     ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    drift: float = Field(default=0.5, ge=0, le=1)
     samples: int | None = Field(default=None, ge=1)
     length: int | None = Field(default=None, ge=2)
 

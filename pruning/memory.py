@@ -60,10 +60,11 @@ def _statistic(
 def _least_squares(shape: Architecture, layer: LayerShape, width: int, windows: tuple[int, int]) -> int:
     tokens = windows[0] * windows[1]
     size = max(layer.ffn, layer.groups * layer.heads * shape.head_dim)
-    streams = 4 * tokens * shape.hidden * width  # dense and pruned, and the dense outputs of both projections
+    # Dense before and after the layer, pruned, the dense outputs of both projections, and the targets.
+    streams = 6 * tokens * shape.hidden * width
     inputs = tokens * (layer.ffn + layer.groups * layer.heads * shape.head_dim) * width
-    # The Gram matrix in float32, the system and its factor in float64; the right-hand side likewise.
-    return streams + 2 * inputs + size * size * (4 + 8 + 8) + size * shape.hidden * (4 + 8 + 8)
+    # Two Gram matrices in float32, the system and its factor in float64; the right-hand side likewise.
+    return streams + 2 * inputs + size * size * (2 * 4 + 8 + 8) + size * shape.hidden * (2 * 4 + 8 + 8)
 
 
 def _activations(shape: Architecture, layer: LayerShape) -> int:
