@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -89,6 +90,26 @@ class Adapter(Tensors, Generic[C]):
         x [..., in] has been through dropout; `product` is x W^T where it is known already (where nothing was dropped).
         """
         return x @ self.delta(weight).to(x.dtype).T
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The whole layer where nothing is dropped: x W'^T + b, in x's dtype.
+
+        By default the frozen product and `forward`; a method that needs fewer products says how.
+        """
+        from recovery.products import linear
+
+        product = linear(x, weight)
+        output = product + self.forward(x, weight, product)
+        return output if bias is None else output + bias
+
+    @classmethod
+    def step(cls, layers: Mapping[str, Adapter[Any]], tokens: int, passes: int) -> AbstractContextManager[None]:
+        """Surrounds the forward and backward passes of one optimizer step, of `tokens` in all.
+
+        The parameters do not change inside, and their gradients are whole when it ends: a method may share what it
+        computes between the passes.
+        """
+        return nullcontext()
 
     @classmethod
     def after_step(cls, layers: Mapping[str, Adapter[Any]], share: float) -> None:

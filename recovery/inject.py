@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recovery import adapters
+from recovery import adapters, products
 from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, seed_of
 
 WEIGHTS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
@@ -60,13 +60,11 @@ class AdaptedLinear(nn.Module):
         self.shared = shared  # one module for all layers
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.linear(x)
-        dropout = self.method.config.dropout
-        if self.training and dropout:
-            return output + self.method.forward(nn.functional.dropout(x, dropout), self.linear.weight, None)
-        bias = cast("Tensor | None", self.linear.bias)
-        product = output if bias is None else output - bias
-        return output + self.method.forward(x, self.linear.weight, product)
+        weight, bias = self.linear.weight, cast("Tensor | None", self.linear.bias)
+        if self.training and (dropout := self.method.config.dropout):
+            dropped = nn.functional.dropout(x, dropout)
+            return products.linear(x, weight, bias) + self.method.forward(dropped, weight, None)
+        return self.method.output(x, weight, bias)
 
     def delta(self) -> Tensor:
         """float32 [out, in]: merged weight minus frozen weight."""

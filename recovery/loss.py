@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from recovery import attention
 from recovery.data import IGNORED, Row
 
 CHUNK = 1024  # labelled tokens whose logits exist at one time when there are more
@@ -25,6 +26,7 @@ def decoded(model: PreTrainedModel, row: Row, layers: bool = False) -> tuple[Ten
     No attention mask is given: with one, even of ones, transformers would not see the restarts of the position ids,
     and examples would read each other.
     """
+    attention.prepare(model)
     ids = torch.tensor([row.ids], device=model.device)
     positions = torch.tensor([row.positions], device=model.device)
     decoder: Any = model.get_decoder()

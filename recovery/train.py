@@ -142,7 +142,11 @@ class _Run:
         self.model.train()
         dropout = self.config.adapter.dropout > 0
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=dropout):
+        tokens = sum(len(row.ids) for row in batch)
+        with (
+            torch.random.fork_rng(devices, enabled=dropout),
+            self.method.step(self._methods(), tokens, len(batch)),
+        ):
             if dropout:
                 torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step))
             losses = self._backward(batch)

@@ -16,7 +16,7 @@ from recovery.base import Layer, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(lora.LowRankConfig, frozen=True):

@@ -15,7 +15,7 @@ from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 
 
 class LowRankConfig(AdapterConfig, frozen=True):
@@ -50,3 +50,10 @@ class Method(Adapter[LowRankConfig]):
     def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
         down, up = self.trainable["A"].to(x.dtype), (self.scale() * self.trainable["B"]).to(x.dtype)
         return (x @ down.T) @ up.T
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if type(self).forward is not Method.forward or type(self).delta is not Method.delta:
+            return super().output(x, weight, bias)  # a method built on this one whose delta is not s B A
+        from recovery.products import low_rank
+
+        return low_rank(x, weight, bias, self.trainable["A"], self.scale() * self.trainable["B"])

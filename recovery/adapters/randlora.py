@@ -10,16 +10,28 @@ rebuilt from the seed: uniform, Kaiming with a = sqrt 5, divided by their own st
 bases and more parameters, n (rank + dmin). s = alpha / rank / sqrt(n) with alpha = 2 rank unless given: 2 / sqrt(n),
 each layer with its own n. Merge: W + dW.
 
-Ours: bases are sized by the largest dmin and dmax that occur (PEFT: by the largest in and out, which is more), computed
-with in the model's dtype, and in the backward pass everything but lambda and gamma is computed again instead of kept.
-`pairing: peft` combines bases and scales in the order of PEFT and the official code, a different function with the same
-distribution; adapters are exchanged with PEFT that way.
+Ours: bases are sized by the largest dmin and dmax that occur (PEFT: by the largest in and out, which is more), and
+computed with in the model's dtype. `pairing: peft` combines bases and scales in the order of PEFT and the official
+code, a different function with the same distribution; adapters are exchanged with PEFT that way.
+
+Ours, `fused`: a layer multiplies tokens by the merged weight W + dW, in W's dtype: rounded as a merged model's is. It
+is formed once a step, dmax dmin^2 multiply-adds, and shared by the step's micro-batches. The gradient of the merged
+weight M = dy^T x (transposed when in > out) is summed over them and brought to lambda and gamma at once:
+
+    G_b = s A * (B_b^T M)      d lambda_b = G_b gamma_b      d gamma_b = lambda_b^T G_b      [dmax dmin^2 again]
+
+T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
+3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
+weights, and one of their gradients where there are several micro-batches. Not fused, all but lambda and gamma is
+computed again in the backward pass instead of kept; weights that are sharded, as by FSDP, need that.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -28,7 +40,7 @@ from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(AdapterConfig, frozen=True):
@@ -38,6 +50,7 @@ class Config(AdapterConfig, frozen=True):
     rank: int = Field(default=32, ge=1, description="inner size of one basis pair; smaller means more parameters")
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; null is 2 rank, the paper's")
     pairing: Literal["paper", "peft"] = Field(default="paper", description="which scale meets which basis column")
+    fused: bool = Field(default=True, description="multiply by merged weights; false: sharded weights, less memory")
 
 
 class Method(Adapter[Config]):
@@ -48,6 +61,9 @@ class Method(Adapter[Config]):
         self.wide = layer.inputs > layer.outputs  # the delta is computed transposed
         self.smaller, self.larger = sorted((layer.outputs, layer.inputs))
         self.count = math.ceil(self.smaller / config.rank)
+        self.step_tokens: int | None = None  # of the optimizer step we are in
+        self.collects, self.collected = False, cast("Tensor | None", None)  # the merged weight's gradient so far
+        self._formed: tuple[Any, Tensor, Tensor, Tensor] | None = None  # W's place, lambda, gamma, W + dW
         base = shared.bases["A"]
         self.trainable["lambda"] = base.new_zeros(self.count, config.rank)
         self.trainable["gamma"] = base.new_full((self.count, self.smaller), 1 / max(self.count, self.smaller))
@@ -102,3 +118,86 @@ class Method(Adapter[Config]):
             use_reentrant=False,
             preserve_rng_state=False,
         )
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        from recovery.products import merged
+
+        if not self._merges(x, weight):
+            return super().output(x, weight, bias)
+        parameters = self.trainable["lambda"], self.trainable["gamma"]
+        return merged(x, self._merged(weight), bias, self._gradients, *parameters)
+
+    @classmethod
+    @contextmanager
+    def step(cls, layers: Mapping[str, Adapter[Any]], tokens: int, passes: int) -> Generator[None]:
+        methods = cast("Mapping[str, Method]", layers).values()
+        for method in methods:
+            method.step_tokens, method.collects = tokens, passes > 1
+        try:
+            yield
+            for method in methods:
+                method._settle()
+        finally:
+            for method in methods:
+                method.step_tokens, method.collects, method.collected = None, False, None
+
+    def _merges(self, x: Tensor, weight: Tensor) -> bool:
+        """Is the merged weight the cheaper way? What was computed before plays no part: a resumed run goes the same."""
+        from torch import is_grad_enabled
+
+        if not (self.config.fused and weight.is_floating_point()):
+            return False
+        tokens = self.step_tokens or x.numel() // x.shape[-1]
+        cheaper = tokens * (self.larger + 3 * self.smaller) > 2 * self.larger * self.smaller
+        return cheaper or not is_grad_enabled()  # without gradients it is formed once for many calls
+
+    def _merged(self, weight: Tensor) -> Tensor:
+        """W + dW in W's dtype; formed again when lambda, gamma or W are not what they were."""
+        from torch import inference_mode
+
+        from recovery.products import computing
+
+        scales, gamma = self.trainable["lambda"].detach(), self.trainable["gamma"].detach()
+        place = (weight.data_ptr(), weight._version, weight.dtype, weight.device)  # pyright: ignore[reportPrivateUsage]
+        known = self._formed
+        # Compared by value: versions of tensors do not see what is written through `.data`.
+        if known is not None and known[0] == place and known[1].equal(scales) and known[2].equal(gamma):
+            return known[3]
+        self._formed = known = None  # the old one goes before the new one comes
+        with inference_mode(False):  # what is formed while scoring may be trained with
+            up, down = self._factors(scales, gamma, computing(weight))
+            frozen = weight.detach().to(up.dtype)
+            formed = frozen.addmm(down.T, up.T) if self.wide else frozen.addmm(up, down)
+            self._formed = (place, scales.clone(), gamma.clone(), formed.to(weight.dtype))
+        return self._formed[3]
+
+    def _gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of lambda and gamma, from dy [tokens, out] and x [tokens, in]; None while they are collected."""
+        if not self.collects:
+            return self._reduced(dy.T @ x)
+        if self.collected is None:
+            self.collected = dy.T @ x
+        else:
+            self.collected.addmm_(dy.T, x)
+        return None, None
+
+    def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """From the merged weight's gradient [out, in] to those of lambda [n, rank] and gamma [n, dmin], float32."""
+        up = self.shared.bases["B"][: self.larger, : self.count].flatten(1).to(gradient.dtype)
+        product = up.T @ (gradient.T if self.wide else gradient)  # [n rank, dmin]
+        if self.config.pairing == "peft":
+            parts = product.unflatten(0, (self.config.rank, self.count)).transpose(0, 1)
+        else:
+            parts = product.unflatten(0, (self.count, self.config.rank))
+        parts = parts.float().mul_(self.scale() * self.shared.bases["A"][:, : self.smaller])  # [n, rank, dmin]
+        scales, gamma = self.trainable["lambda"].detach(), self.trainable["gamma"].detach()
+        return (parts @ gamma[:, :, None]).squeeze(2), (scales[:, None] @ parts).squeeze(1)
+
+    def _settle(self) -> None:
+        """Give lambda and gamma the gradients that were collected."""
+        if self.collected is None:
+            return
+        parameters = self.trainable["lambda"], self.trainable["gamma"]
+        for parameter, gradient in zip(parameters, self._reduced(self.collected), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.collected = None

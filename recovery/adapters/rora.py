@@ -13,7 +13,7 @@ from typing import Literal
 
 from recovery.adapters import lora
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(lora.LowRankConfig, frozen=True):

@@ -109,7 +109,7 @@ def test_bfloat16_model_keeps_float32_adapters(options: dict[str, Any], tiny_mod
     merged, difference = merge(tiny_model, ids)
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, wanted)  # one rounding, from float32
     assert difference is not None
-    assert 0 < difference < 0.1
+    assert difference < 0.1  # of rounding
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
