@@ -1,0 +1,76 @@
+"""A Hugging Face folder as the exporters read it: its config's entries, its shape, its tensors one by one."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pruning.architecture import Architecture
+from pruning.config import SERVED
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Nothing is loaded before it is asked for; nothing in the folder is executed."""
+
+    path: Path
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The entries of config.json. Raises ConfigError where that is not a LLaMA-like model's."""
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{self.path}: not a model folder (it has no config.json)")
+        said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not set(said.get("architectures") or []) & set(SERVED):
+            found = ", ".join(said.get("architectures") or []) or "an unnamed architecture"
+            raise ConfigError(f"{self.path}: {found} is not LLaMA-like; regrow serves {', '.join(SERVED)}")
+        return said
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return self.said["architectures"][0]
+
+    @cached_property
+    def shape(self) -> Architecture:
+        return Architecture.read(self.said)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same widths."""
+        return len(set(self.shape.layers)) == 1
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Which safetensors file holds each tensor."""
+        from safetensors import safe_open
+
+        found: dict[str, Path] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        if not found:
+            raise ConfigError(f"{self.path}: no .safetensors weights; regrow unpickles nothing")
+        return found
+
+    def tensor(self, name: str) -> Any:
+        """A torch tensor, as saved."""
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def shards(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each safetensors file's name and tensors, one file at a time."""
+        from safetensors.torch import load_file
+
+        for file in sorted(set(self.files.values())):
+            yield file.name, load_file(file)
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return self.tensor("model.norm.weight").element_size()
