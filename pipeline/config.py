@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from evaluation import suites
 from pipeline import sources
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.export.config import ExportOrName
 from pruning import criteria
 from pruning.config import PruningConfig
 from recovery.config import RecoveryConfig
@@ -169,6 +170,7 @@ class RunConfig(BaseModel):
     recovery: RecoveryConfig | None = None
     data: tuple[DataConfig, ...] = Field(default=(), alias="recovery.data")
     evaluation: EvaluationConfig
+    export: tuple[ExportOrName, ...] = ()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
@@ -186,6 +188,11 @@ class RunConfig(BaseModel):
             raise ValueError("recovery.data: missing; give at least one source to train on")
         if not (self.pruning or self.recovery):
             raise ValueError("nothing to do: give `pruning`, `recovery` or both")
+        labels = [wanted.label for wanted in self.export]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"export: asked for twice: {', '.join(twice)}")
+        if "peft" in labels and not self.recovery:
+            raise ValueError("export: peft writes the adapter, and without `recovery` there is none")
         for pin, where in self._wheels():
             if pin not in self.checksums:
                 raise ValueError(f"checksums: no sha256 for {pin}, which {where} needs")

@@ -24,7 +24,9 @@ class Planned:
     def as_json(self) -> dict[str, Any]:
         step = self.step
         suite, statistic = (part.name if part else None for part in (step.scored, step.statistic))
-        place = {"stage": step.stage, "model": step.model, "suite": suite, "statistic": statistic, "key": step.key}
+        exported = step.exported.label if step.exported else None
+        place = {"stage": step.stage, "model": step.model, "suite": suite, "statistic": statistic, "export": exported}
+        place["key"] = step.key
         return {**place, "status": self.status, "why": self.why}
 
 
@@ -60,15 +62,19 @@ def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
 
 
 def until(steps: list[Step], stage: str | None) -> list[Step]:
-    """The steps up to and including a stage; `evaluate`, the last one, means all."""
+    """The steps up to and including a stage, with all they rest on."""
     if stage is None:
         return steps
-    return [step for step in steps if STAGES.index(step.stage) <= STAGES.index(stage)]
+    wanted = {step.key for step in steps if STAGES.index(step.stage) <= STAGES.index(stage)}
+    for step in reversed(steps):  # what rests on others comes after them
+        if step.key in wanted:
+            wanted.update(inner.key for inner in step.inputs)
+    return [step for step in steps if step.key in wanted]
 
 
 def label_of(entry: dict[str, Any]) -> str:
     """A `results.json` stage entry's label, as `Step.label` writes it."""
-    return label(entry["stage"], entry["model"], entry.get("suite") or entry.get("statistic"))
+    return label(entry["stage"], entry["model"], entry.get("suite") or entry.get("statistic") or entry.get("export"))
 
 
 def _why(step: Step, store: Store, old_key: str | None) -> str:

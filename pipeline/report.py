@@ -122,6 +122,7 @@ def _stage(step: Step, artifact: Artifact, status: str) -> dict[str, Any]:
         "model": step.model,
         "suite": step.scored.name if step.scored else None,
         "statistic": step.statistic.name if step.statistic else None,
+        "export": step.exported.label if step.exported else None,
         "key": artifact.key,
         "status": status,
         "seconds": manifest["seconds"],

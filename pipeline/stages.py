@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evaluation import suites
 from evaluation.perplexity import perplexity
 from evaluation.score import score
-from pipeline import calibration, recovering, rows
+from pipeline import calibration, exporting, recovering, rows
 from pipeline.config import PerplexityConfig, RunConfig, RuntimeConfig, SuiteConfig
 from pipeline.errors import ConfigError, StageError
+from pipeline.export import quantized
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Store, Workspace
@@ -57,15 +58,17 @@ class Runner:
             "recover": partial(recovering.recover, self),
             "merge": self._merge,
             "evaluate": self._evaluate,
+            "export": partial(exporting.export, self),
         }
         return builders[step.stage](step, workspace)
 
     def folder(self, step: Step) -> Path:
         """The folder of the model that a step reads."""
-        made_by = next((inner for inner in reversed(step.inputs) if inner.stage in ("prune", "merge")), None)
+        made_by = next((inner for inner in reversed(step.inputs) if inner.stage in ("prune", "merge", "export")), None)
         if made_by is None:
             return self.dense_folder()
-        return self.store.folder(made_by.stage, made_by.key) / "model"
+        folder = self.store.folder(made_by.stage, made_by.key)
+        return folder if made_by.stage == "export" else folder / "model"
 
     def dense_folder(self) -> Path:
         """The folder of the dense model."""
@@ -74,7 +77,10 @@ class Runner:
     def load(self, folder: Path, placement: Placement = "whole") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A folder's model, in the run's dtype and on its device, and tokenizer."""
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        model = checkpoint.load(folder, dtype, device(self.config.runtime.device), placement)
+        where = device(self.config.runtime.device)
+        if quantized.is_quantized(folder):
+            return quantized.load(folder, where), checkpoint.load_tokenizer(folder)
+        model = checkpoint.load(folder, dtype, where, placement)
         return model, checkpoint.load_tokenizer(folder)
 
     def _statistics(self, step: Step, workspace: Workspace) -> dict[str, Any]:
@@ -160,6 +166,8 @@ class Runner:
             "parameters": sum(parameter.numel() for parameter in parameters),
             "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         }
+        if quantized.is_quantized(folder):
+            size = {"parameters": model.num_parameters(), "bytes": quantized.weight_bytes(folder)}
         (workspace.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return {"report": result, "model": size}
 

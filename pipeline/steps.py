@@ -1,7 +1,7 @@
 """The stages of a run and their keys, from the config alone: nothing here builds anything or imports torch.
 
     statistics ── prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
-                  teacher ─┘
+                  teacher ─┘          export(format), of the last model; a quantized one is scored as well
 
 `material` is what a key is the digest of: the stage and its version, the method's name and version, the stage's whole
 config, and the keys of its inputs. Device, threads and batch size of evaluation are not in it.
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation import suites
-from pipeline import hub, rows
+from pipeline import export, hub, rows
 from pipeline.config import PerplexityConfig, RunConfig, SuiteConfig
+from pipeline.export.config import ExportConfig, QuantizedConfig
 from pipeline.keys import KEY_LENGTH, digest
 from pipeline.sources import Sources
 from pruning import criteria
@@ -20,15 +21,15 @@ from pruning.config import Statistic
 from recovery import adapters
 from recovery.config import ROWS
 
-STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate")
+STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate", "export")
 # Raise one when its code gives other results; where training rows become others, both teacher's and recover's.
-VERSIONS = {"statistics": 1, "prune": 2, "teacher": 2, "recover": 2, "merge": 1, "evaluate": 1}
+VERSIONS = {"statistics": 1, "prune": 2, "teacher": 2, "recover": 2, "merge": 1, "evaluate": 1, "export": 1}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One cached unit of work. `model` says which of the run's models it reads, `scored` what it scores it on, and
-    `statistic` what it measures."""
+    """One cached unit of work. `model` says which of the run's models it reads, `scored` what it scores it on,
+    `statistic` what it measures, and `exported` the form it writes it in."""
 
     stage: str
     material: dict[str, Any]
@@ -36,6 +37,7 @@ class Step:
     model: str = "dense"
     scored: SuiteConfig | PerplexityConfig | None = None
     statistic: Statistic | None = None
+    exported: ExportConfig | None = None
 
     @property
     def key(self) -> str:
@@ -47,7 +49,9 @@ class Step:
 
     @property
     def subject(self) -> str | None:
-        """The suite, text or statistic that tells steps of one stage apart."""
+        """The suite, text, statistic or form that tells steps of one stage apart."""
+        if self.exported:
+            return self.exported.label
         return self.scored.name if self.scored else self.statistic.name if self.statistic else None
 
 
@@ -85,7 +89,36 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
         for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
             material = _evaluate(config, sources, scored, _identity(dense, made_by))
             steps.append(Step("evaluate", material, (made_by,) if made_by else (), model, scored))
-    return steps
+    return steps + _exports(config, sources, steps, dense)
+
+
+def _exports(config: RunConfig, sources: Sources, steps: list[Step], dense: dict[str, Any]) -> list[Step]:
+    """Every export of the run's last model (the adapter alone: of the model it was trained on), and the scores of
+    those that compute otherwise. The model card shows the run's scores, so their keys are part of an export's."""
+    made = {step.stage: step for step in steps}
+    last = made.get("merge") or made.get("prune")
+    scores = tuple(step for step in steps if step.stage == "evaluate")
+    found: list[Step] = []
+    for wanted in config.export:
+        alone = wanted.format == "peft"
+        base = made.get("prune") if alone else last
+        inputs = (*scores, *((made["recover"],) if alone else ()), *((base,) if base else ()))
+        material = {
+            **_head("export"),
+            "format_version": export.load(wanted.format).VERSION,
+            "config": wanted.model_dump(mode="json"),
+            "base": _identity(dense, base),
+            "adapter": made["recover"].key if alone else None,
+            "scores": [step.key for step in scores],
+        }
+        model = "recovered" if "merge" in made and not alone else "pruned" if base else "dense"
+        step = Step("export", material, inputs, model, exported=wanted)
+        found.append(step)
+        if isinstance(wanted, QuantizedConfig):
+            for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
+                material = _evaluate(config, sources, scored, step.key)
+                found.append(Step("evaluate", material, (step,), f"{model}-{wanted.scheme}", scored))
+    return found
 
 
 def _head(stage: str) -> dict[str, Any]:

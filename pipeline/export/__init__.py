@@ -1,8 +1,8 @@
 """Export: what was made, in forms that ordinary tools load. One file per format; each proves what it wrote.
 
-A format module has `VERSION`, `refusal(model, config)`, the reason why this model has no such form or None;
-`write(model, out, config)`, which fills the folder `out` and returns what is worth saying; and `check(model, out, config)`,
-which reloads it in a fresh process without regrow and returns what it measured.
+A format module has `VERSION` and three functions of a model, a config and (the last two) the folder `out`: `refusal`
+says why this model has no such form, or None; `write` fills `out` and returns what is worth saying; `check` reloads it
+in a fresh process without regrow and returns what it measured.
 """
 
 import importlib

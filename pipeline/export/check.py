@@ -18,6 +18,7 @@ from pipeline.export.model_folder import ModelFolder
 TOKENS = 256  # of the passage, compared
 TOP = 10
 GENERATED = 8
+SMALL = 50_000_000  # parameters
 # What an exact form may differ by: llama.cpp keeps 16-bit factors of a product in 16 bits.
 LEAST_AGREEMENT = 0.95
 LEAST_AGREEMENT_QUANTIZED = 0.5  # below it the file is not this model, whatever the rounding
@@ -29,11 +30,11 @@ def passage() -> str:
     return (HERE / "passage.txt").read_text(encoding="utf-8")
 
 
-def token_ids(model: ModelFolder, text: str | None = None, count: int = TOKENS) -> list[int]:
+def token_ids(model: ModelFolder, text: str | None = None, count: int | None = None) -> list[int]:
     """The first tokens of the passage (or `text`), as the folder's tokenizer has them, within the model's positions."""
     from pruning.checkpoint import load_tokenizer
 
-    count = min(count, model.said["max_position_embeddings"] - GENERATED)
+    count = min(count or TOKENS, model.said["max_position_embeddings"] - GENERATED)
     try:
         tokenizer: Any = load_tokenizer(model.path)
     except (OSError, ValueError, AttributeError):
@@ -57,7 +58,7 @@ def with_transformers(
     ids = ids or token_ids(model)
     reference = reference or _load(model.path)
     request = {"ids": ids, "remote": remote, "adapter": str(adapter) if adapter else None,
-               "threads": torch.get_num_threads(), "generate": GENERATED}  # fmt: skip
+               "threads": _threads(model), "generate": GENERATED}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         answer = Path(name) / "answer.safetensors"
         _run("fresh_transformers.py", folder, request, answer)
@@ -88,7 +89,7 @@ def with_llama_cpp(model: ModelFolder, file: Path, exact: bool, ids: list[int] |
     import torch
 
     ids = ids or token_ids(model)
-    request = {"text": passage(), "ids": ids, "top": TOP, "threads": torch.get_num_threads(), "context": len(ids) + 8}
+    request = {"text": passage(), "ids": ids, "top": TOP, "threads": _threads(model), "context": len(ids) + 8}
     with tempfile.TemporaryDirectory() as name:
         answer = Path(name) / "answer.json"
         _run("fresh_llama_cpp.py", file, request, answer)
@@ -112,6 +113,13 @@ def with_llama_cpp(model: ModelFolder, file: Path, exact: bool, ids: list[int] |
         "tokenizer_equal": True,
     }
     return _accepted(found, exact, file)
+
+
+def _threads(model: ModelFolder) -> int:
+    """This process's, but one for a small model: threads that wait for each other cost it more than they give."""
+    import torch
+
+    return torch.get_num_threads() if model.shape.parameters() > SMALL else 1
 
 
 def _load(folder: Path, dtype: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """What an export is asked for. In a config's `export` list, and after `--format`, a short text will do:
 
-    hf   hf:pad   gguf (f16)   gguf:f32|f16|bf16|q8_0|q4_1   vllm   peft   quantized (nf4)   quantized:nf4|int8|torchao_int8
+hf   hf:pad   gguf (f16)   gguf:f32|f16|bf16|q8_0|q4_1   vllm   peft   quantized (nf4)   quantized:nf4|int8|torchao_int8
 """
 
 from typing import Annotated, Literal

@@ -5,6 +5,7 @@ request: {"text": str, "ids": [int], "top": int, "threads": int, "context": int}
 answer: {"tool", "tokens": ids of the text, "top": per position [[id, log-probability], ..] after ids[: position + 1]}
 """
 
+import importlib
 import json
 import sys
 import urllib.request
@@ -23,8 +24,7 @@ def tokenize(server: Any, text: str) -> list[int]:
 
 
 def main() -> None:
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     file, request, answer = sys.argv[1:]
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     params = xllamacpp.CommonParams()

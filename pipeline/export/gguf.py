@@ -153,7 +153,7 @@ def check(model: ModelFolder, out: Path, config: GgufConfig) -> dict[str, Any]:
 
 
 def interleaved(values: Any, heads: int) -> Any:
-    """Rows (or entries, of a bias) of q or k: inside each head from halves (0.., h/2..) to pairs (0, h/2, 1, h/2 + 1, ..)."""
+    """Rows of q or k (entries of a bias): inside each head from halves (0.., h/2..) to pairs (0, h/2, 1, ..)."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape).contiguous()
 
@@ -191,7 +191,9 @@ def context_length(said: dict[str, Any]) -> int:
 
 def _tensors(model: ModelFolder, config: GgufConfig) -> Iterator[Tensor]:
     for name in ENDS[:1] if model.shape.tied else ENDS:
-        yield Tensor(name, OUTER[name], (model.shape.vocabulary, model.shape.hidden), _type(config, name, model.shape.hidden))
+        yield Tensor(
+            name, OUTER[name], (model.shape.vocabulary, model.shape.hidden), _type(config, name, model.shape.hidden)
+        )
     yield Tensor("model.norm.weight", OUTER["model.norm.weight"], (model.shape.hidden,), "f32")
     for index, layer in enumerate(model.shape.layers):
         heads = {"self_attn.q_proj": layer.groups * layer.heads, "self_attn.k_proj": layer.groups}

@@ -14,7 +14,7 @@ from pipeline.export.model_folder import ModelFolder
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     ("bytes by words",): "gpt-2",
     ("digits", "bytes by words"): "smollm",
     (_LETTERS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",

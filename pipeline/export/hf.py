@@ -35,12 +35,17 @@ def write(model: ModelFolder, out: Path, config: HfConfig) -> dict[str, Any]:
     shape = widest(model) if config.pad else None
     made = _write_config(model, out, shape)
     for name, tensors in model.shards():
-        padded = tensors if shape is None else {key: _padded(key, value, model, shape) for key, value in tensors.items()}
+        padded = (
+            tensors if shape is None else {key: _padded(key, value, model, shape) for key, value in tensors.items()}
+        )
         save(padded, out / name)
     copy_index(model, out)
     result: dict[str, Any] = {"class": made, "trust_remote_code": made == OWN}
     if shape:
-        before, after = model.shape.parameters(), model.shape.with_layers([shape] * len(model.shape.layers)).parameters()
+        before, after = (
+            model.shape.parameters(),
+            model.shape.with_layers([shape] * len(model.shape.layers)).parameters(),
+        )
         result["padding"] = {"parameters": before, "parameters_padded": after, "larger_by": after / before - 1}
     return result
 

@@ -14,9 +14,11 @@ from pruning.config import SERVED
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Nothing is loaded before it is asked for; nothing in the folder is executed."""
+    """Nothing is loaded before it is asked for; nothing in the folder is executed. `adapter`: the folder of an adapter
+    that was trained on this model."""
 
     path: Path
+    adapter: Path | None = None
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -70,7 +72,3 @@ class ModelFolder:
 
         for file in sorted(set(self.files.values())):
             yield file.name, load_file(file)
-
-    @property
-    def bytes_per_weight(self) -> int:
-        return self.tensor("model.norm.weight").element_size()

@@ -5,7 +5,7 @@ Every layer is Llama's, with `block_configs[i].ffn.intermediate_size` channels a
 huggingface_hub. Written for and tested with transformers 5.23.
 """
 
-# pyright: reportArgumentType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportArgumentType=false, reportMissingParameterType=false, reportMissingTypeArgument=false, reportOptionalSubscript=false
 from copy import copy
 
 from huggingface_hub.dataclasses import strict

@@ -1,0 +1,74 @@
+"""`regrow export`: a config's exports as cached stages, or any model folder's, written where the user says."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.export.config import ExportConfig, ExportOrName
+
+
+def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
+    """The exports that `--format` names. Raises ConfigError for a name that is none."""
+    found: list[ExportConfig] = []
+    for name in formats:
+        try:
+            found.append(TypeAdapter(ExportOrName).validate_python(name))
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"--format {name}: {message}") from error
+    return found
+
+
+def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adapter: Path | None) -> dict[str, Any]:
+    """Export a model folder. Each export appears whole, or not at all. Returns path and report by format.
+
+    `out` is the folder of one export, or the parent of several; by default the exports lie in the current folder.
+    """
+    from pipeline.export.lineage import of_folder
+    from pipeline.export.model_folder import ModelFolder
+    from pipeline.export.write import refuse, write
+
+    wanted = asked(formats)
+    if not wanted:
+        raise ConfigError("--format: name at least one, as in --format gguf:q8_0")
+    model = ModelFolder(folder, adapter)
+    targets: list[tuple[ExportConfig, Path]] = []
+    for config in wanted:
+        target = Path(f"{folder.resolve().name}-{config.label}") if out is None else out
+        target = target / config.label if out is not None and len(wanted) > 1 else target
+        if target.exists():
+            raise ConfigError(f"{target}: is there already; name another place with -o")
+        refuse(model, config)
+        targets.append((config, target))
+    done: dict[str, Any] = {}
+    for config, target in targets:
+        work = target.with_name(f".{target.name}.unfinished")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            report = write(model, work, config, of_folder(folder))
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        work.rename(target)
+        done[config.label] = {"path": str(target), **report}
+    return done
+
+
+def as_overrides(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """The `--set` that puts these formats into a config; none where none are named."""
+    asked(formats)
+    return (f"export={json.dumps(list(formats))}",) if formats else ()
+
+
+def say(done: dict[str, Any]) -> None:
+    """One line for each export: where it is, how large, and what the check found."""
+    for label, entry in done.items():
+        check = entry["check"]
+        worst = next((f"{key.replace('_', ' ')} {check[key]:.3g}" for key in check if key.startswith("largest")), "")
+        agreed = f"most likely token equal at {check['argmax_agreement']:.1%} of {check['tokens']} positions"
+        click.echo(f"{label}: {entry['path']} ({entry['bytes'] / 1e6:.1f} MB); {check['tool']}: {worst}, {agreed}")
