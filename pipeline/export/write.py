@@ -13,7 +13,8 @@ from pipeline.export.model_folder import ModelFolder
 
 
 def refuse(model: ModelFolder, config: ExportConfig) -> None:
-    """Raise ConfigError where the format cannot hold the model, with the reason."""
+    """Raise ConfigError where there is no LLaMA-like model, or the format cannot hold it, with the reason."""
+    _ = model.said
     if reason := export.load(config.format).refusal(model, config):
         raise ConfigError(f"export {config.label}: {reason}")
 

@@ -1,0 +1,111 @@
+"""`regrow export`: the cached stage of a config, and any model folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.config_file import check
+from pipeline.errors import ConfigError
+
+TEXTS = [f"the {a} {b} sees a {c}" for a in ["red", "blue"] for b in ["cat", "dog"] for c in ["bird", "tree", "house"]]
+
+
+def regrow(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words))
+
+
+@pytest.fixture
+def world(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data and `run.yaml`, which is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    model = folder(initializer_range=0.1)
+    (model.path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    text = {"source": f"path:{tmp_path}/text.jsonl", "field": "text"}
+    config = {
+        "name": "small",
+        "model": {"source": f"path:{model.path}", "dtype": "float32"},
+        "pruning": {"method": "llm_pruner", "ratio": 0.2, "calibration": {**text, "samples": 2, "length": 8}},
+        "recovery": {
+            "adapter": {"method": "rora", "rank": 4, "alpha": 4},
+            "tokens": 256, "batch_tokens": 128, "max_length": 64, "learning_rate": 1e-2, "data": [text],
+        },
+        "evaluation": {"perplexity": [{**text, "name": "text", "window": 16}]},
+        "export": ["gguf:f32", "peft", {"format": "quantized", "scheme": "int8"}],
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def test_a_run_exports_scores_and_caches(world: Path):
+    first = regrow("run", "run.yaml", "--json")
+    assert first.exit_code == 0, first.output
+    results = json.loads(first.stdout)
+    assert list(results["models"]) == ["dense", "pruned", "recovered", "recovered-int8"]
+    last = results["models"]["recovered-int8"]
+    assert last["parameters"] == results["models"]["recovered"]["parameters"]
+    assert last["bytes"] < results["models"]["recovered"]["bytes"]
+    assert last["perplexity"]["text"] == pytest.approx(results["models"]["recovered"]["perplexity"]["text"], rel=0.1)
+
+    artifacts = world / "runs/small/artifacts"
+    said = json.loads((artifacts / "export-gguf-f32/manifest.json").read_text())["report"]
+    assert said["check"]["argmax_agreement"] == 1.0
+    card = (artifacts / "export-gguf-f32/README.md").read_text()
+    for words in (
+        "license: apache-2.0",
+        "criterion `llm_pruner`",
+        "method rora",
+        "| perplexity text |",
+        "llama-cli -m",
+    ):
+        assert words in card
+    said = json.loads((artifacts / "export-peft/manifest.json").read_text())["report"]
+    assert said["check"]["largest_logit_difference"] < 1e-5
+    assert "no other model" in (artifacts / "export-peft/README.md").read_text()
+
+    again = json.loads(regrow("export", "run.yaml", "--format", "gguf:f32", "--json").stdout)
+    assert {entry["status"] for entry in again["stages"]} == {"cached"}
+    assert [entry["export"] for entry in again["stages"] if entry["stage"] == "export"] == ["gguf-f32"]
+
+    # the same model from its folder: the lineage is found in the store
+    done = regrow("export", "--model", "runs/small/artifacts/merge/model", "--format", "gguf:q8_0", "-o", "out")
+    assert done.exit_code == 0, done.output
+    assert "most likely token equal at" in done.stdout
+    assert "criterion `llm_pruner`" in (world / "out/README.md").read_text()
+    there = regrow("export", "--model", "runs/small/artifacts/merge/model", "--format", "gguf:q8_0", "-o", "out")
+    assert there.exit_code == 2
+    assert "is there already" in there.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("export",), "give either a CONFIG or --model FOLDER"),
+        (("export", "--model", "model"), "--format: name at least one"),
+        (("export", "--model", "model", "--format", "gguf:q5"), "--format gguf:q5"),
+        (("export", "--model", "model", "--format", "onnx"), "--format onnx"),
+        (("export", "--model", "nowhere", "--format", "hf"), "not a model folder"),
+        (("export", "--model", "model", "--format", "peft"), "there is no adapter to export"),
+        (("export", "run.yaml", "--format", "hf:padded"), "hf takes nothing after a colon but pad"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_is_told_before_any_work(world: Path, words: tuple[str, ...], message: str):
+    result = regrow(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (world / "store").exists()
+
+
+def test_contradictions_in_the_config_are_named(world: Path):
+    config = yaml.safe_load((world / "run.yaml").read_text())
+    with pytest.raises(ConfigError, match="export: asked for twice: gguf-f32"):
+        check({**config, "export": ["gguf:f32", {"format": "gguf", "type": "f32"}]}, "run.yaml")
+    with pytest.raises(ConfigError, match="export: peft writes the adapter"):
+        check({**config, "recovery": None}, "run.yaml")
