@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, evaluation_commands
 from pipeline.errors import ConfigError, RegrowError
 
 STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate", "export")
@@ -82,19 +82,28 @@ def _run(
     force: str | None,
     as_json: bool,
 ) -> None:
-    from pipeline import report
-    from pipeline.console import out
     from pipeline.run import execute
 
-    results = execute(_open(config, overrides, store, runs), last, force)
+    run = _open(config, overrides, store, runs)
+    show(run, execute(run, last, force), as_json)
+
+
+def show(run: Any, results: dict[str, Any], as_json: bool) -> None:
+    """A run's results on stdout."""
+    from pipeline import report
+    from pipeline.console import out
+
     if as_json:
         click.echo(report.as_text(results))
         return
     console = out()
     if scores := report.score_rows(results):
         console.print(report.table(scores, results["name"]))
+        console.print(report.legend(results), markup=False, soft_wrap=True)
+    for protocol in report.protocols(results["models"])[1:]:
+        console.print(report.table(report.protocol_rows(results, protocol), report.PROTOCOLS[protocol]))
     console.print(report.table(report.stage_rows(results)))
-    console.print(f"{runs / results['name']}: report.md, results.json, artifacts/", markup=False)
+    console.print(f"{run.folder}: report.md, results.json, artifacts/", markup=False)
 
 
 def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> Any:
@@ -130,7 +139,7 @@ def _stage_command(stage: str, help_text: str) -> None:
 _stage_command("prune", "Run a config up to the pruned model.")
 _stage_command("recover", "Run a config up to the trained adapter.")
 _stage_command("merge", "Run a config up to the merged model.")
-_stage_command("evaluate", "Run a config up to the scores of every model.")
+evaluation_commands.add(main, _run, show)
 
 
 @main.command("export")

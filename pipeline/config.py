@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from evaluation import suites
 from pipeline import sources
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.export.config import ExportOrName
 from pruning import criteria
 from pruning.config import PruningConfig
@@ -34,9 +34,8 @@ def _source(value: object) -> object:
 
 
 def _suite(value: object) -> object:
-    if isinstance(value, str) and value not in suites.names():
-        near = did_you_mean(value, suites.names())
-        raise ValueError(f"no suite is called {value!r}{near}; there are {', '.join(suites.names())}")
+    if isinstance(value, str):
+        suites.load(value)
     return value
 
 
@@ -109,15 +108,45 @@ class SuiteConfig(Section):
         """The same as a data section; None where lm-eval brings the data itself."""
         if self.source is None:
             return None
-        return RowsConfig(source=self.source, format=self.format, suite=self.name, half=self.half)
+        suite = suites.load(self.name).base or self.name  # protocol B asks the rows of protocol A's suite
+        return RowsConfig(source=self.source, format=self.format, suite=suite, half=self.half)
 
 
 class PerplexityConfig(RowsConfig):
-    """Text scored by perplexity: the first `tokens` tokens in non-overlapping windows."""
+    """Text scored by perplexity: the first `tokens` tokens in non-overlapping windows.
+
+    `verbatim` joins every row, blank ones and repeats too, as the published numbers of `wikitext2` and `ptb` do; those
+    two are known by name alone.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     window: int = Field(default=128, ge=2)
     tokens: int | None = Field(default=None, ge=1)
+    verbatim: bool = False
+
+
+# LLM-Pruner's two texts: WikiText-2 test and PTB validation.
+TEXTS: dict[str, dict[str, Any]] = {
+    "wikitext2": {
+        "source": "hub:Salesforce/wikitext#wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        "field": "text",
+        "verbatim": True,
+    },
+    "ptb": {
+        "source": "hub:ptb-text-only/ptb_text_only@refs/convert/parquet#penn_treebank/validation/0000.parquet",
+        "field": "sentence",
+        "verbatim": True,
+    },
+}
+
+
+def _named_text(value: object) -> object:
+    said: Any = {"name": value} if isinstance(value, str) else value
+    if isinstance(said, dict) and "source" not in said and "name" in said:
+        if said["name"] not in TEXTS:
+            raise ValueError(f"no text is called {said['name']!r}; there are {', '.join(TEXTS)}, or give `source`")
+        return {**TEXTS[said["name"]], **said}
+    return said
 
 
 def _named(value: object) -> object:
@@ -128,7 +157,7 @@ class EvaluationConfig(Section):
     """What every model is scored on. `limit` holds for suites that do not set their own."""
 
     suites: tuple[Annotated[SuiteConfig, BeforeValidator(_named)], ...] = ()
-    perplexity: tuple[PerplexityConfig, ...] = ()
+    perplexity: tuple[Annotated[PerplexityConfig, BeforeValidator(_named_text)], ...] = ()
     limit: int | None = Field(default=None, ge=1)
     add_bos: bool | None = None
 
@@ -153,7 +182,7 @@ class RuntimeConfig(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     placement: Literal["whole", "spread", "offload"] = "whole"
     threads: int | None = Field(default=None, ge=1)
-    evaluation_batch: int | None = Field(default=None, ge=1)
+    evaluation_tokens: int | None = Field(default=None, ge=1)  # of one forward pass in scoring; None: by device
 
 
 class RunConfig(BaseModel):
@@ -186,8 +215,6 @@ class RunConfig(BaseModel):
                 )
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")
-        if not (self.pruning or self.recovery):
-            raise ValueError("nothing to do: give `pruning`, `recovery` or both")
         labels = [wanted.label for wanted in self.export]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"export: asked for twice: {', '.join(twice)}")

@@ -55,9 +55,14 @@ def read(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a text file ({error.reason})") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this is a {type(data).__name__}")
-    for override in overrides:
-        _override(cast("dict[str, Any]", data), override)
-    return cast("dict[str, Any]", data)
+    return override(cast("dict[str, Any]", data), overrides)
+
+
+def override(data: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping with `key.path=YAML value` put in, changed in place."""
+    for text in overrides:
+        _override(data, text)
+    return data
 
 
 def check(data: dict[str, Any], place: str) -> RunConfig:

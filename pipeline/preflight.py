@@ -39,11 +39,11 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
 
 
 def check_model(config: RunConfig, sources: Sources) -> None:
-    """Refuse a model that is not LLaMA-like by what its config.json says, or whose weights are not safetensors."""
+    """Refuse weights that are not safetensors, and to change a model that is not LLaMA-like by its config.json."""
     folder = sources.model_folder(config.model.source)
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: list[str] = said.get("architectures") or []
-    if not set(names) & set(SERVED):
+    if (config.pruning or config.recovery) and not set(names) & set(SERVED):
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"model.source: {config.model.source} is {found}; regrow serves {', '.join(SERVED)}")
     if not any(folder.glob("*.safetensors")):

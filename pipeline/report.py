@@ -8,12 +8,21 @@ from rich import box
 from rich.table import Table
 
 from evaluation import suites
+from evaluation.items import ITEMS
+from evaluation.statistics import has_signal
+from pipeline import comparison
 from pipeline.config import PerplexityConfig, RunConfig
 from pipeline.errors import StageError
 from pipeline.steps import Step
 from pipeline.store import Artifact, Store
 
 SCHEMA = 1
+PROTOCOLS = {"A": "Protocol A (log-likelihood ranking)", "B": "Protocol B (fine-tuned, generated, first match)"}
+VERDICTS = (
+    "Second against first, paired on the same items: won and lost are items only one answers rightly, p is McNemar's "
+    "exact test of them; gold log-probability is the mean change in nats a token with its 95% interval. A verdict errs "
+    "in one of twenty comparisons of equal models."
+)
 Results = dict[str, Any]
 
 
@@ -21,6 +30,7 @@ def collect(config: RunConfig, steps: list[Step], store: Store, statuses: dict[s
     """The run's `results.json` from finished artifacts. `statuses` maps a step's label to how it came."""
     models: dict[str, Any] = {}
     stages: list[dict[str, Any]] = []
+    scores: dict[str, comparison.Scores] = {}
     for step in steps:
         artifact = store.find(step.stage, step.key)
         if artifact is None:
@@ -34,10 +44,37 @@ def collect(config: RunConfig, steps: list[Step], store: Store, statuses: dict[s
                 entry["perplexity"][step.scored.name] = result["perplexity"]
             else:
                 entry["suites"][step.scored.name] = result
+                scores.setdefault(step.model, {})[step.scored.name] = artifact.path / ITEMS
+    signal = with_signal(models.get("dense", {}).get("suites", {}))
     for entry in models.values():
-        entry["average"] = _mean([result[metric(name)] for name, result in entry["suites"].items()])
-        entry["gold_logprob"] = _mean([result["gold_logprob"] for result in entry["suites"].values()])
-    return {"schema": SCHEMA, "name": config.name, "models": models, "stages": stages}
+        entry["averages"] = {protocol: _averages(entry["suites"], protocol, signal) for protocol in protocols(models)}
+        first = next(
+            iter(entry["averages"].values()), {"average": None, "average_with_signal": None, "gold_logprob": None}
+        )
+        entry |= first
+    compared = comparison.of_models(scores)
+    found = {"models": models, "signal": signal, "comparisons": compared, "stages": stages}
+    return {"schema": SCHEMA, "name": config.name, **found}
+
+
+def protocols(models: dict[str, Any]) -> list[str]:
+    """The protocols that were scored by, A before B: numbers of two are never in one table or mean."""
+    return sorted({result["protocol"] for entry in models.values() for result in entry["suites"].values()})
+
+
+def _averages(scored: dict[str, Any], protocol: str, signal: list[str]) -> dict[str, float | None]:
+    own = {name: result for name, result in scored.items() if result["protocol"] == protocol}
+    golds = [result["gold_logprob"] for result in own.values() if "gold_logprob" in result]
+    return {
+        "average": _mean([result[metric(name)] for name, result in own.items()]),
+        "average_with_signal": _mean([result[metric(name)] for name, result in own.items() if name in signal]),
+        "gold_logprob": _mean(golds),
+    }
+
+
+def with_signal(dense: dict[str, Any]) -> list[str]:
+    """The suites on which the dense model is above chance by more than a one-sided 5% error."""
+    return [name for name, result in dense.items() if has_signal(result, metric(name))]
 
 
 def as_text(results: Results) -> str:
@@ -59,7 +96,7 @@ def metric(suite: str) -> str:
 
 
 def score_rows(results: Results) -> list[list[str]]:
-    """The table: a heading, then one row a measure with a cell for each model and its change against dense."""
+    """The first table: sizes, the suites of the first protocol, their averages, perplexities."""
     models: dict[str, Any] = results["models"]
     if not models:
         return []
@@ -67,16 +104,36 @@ def score_rows(results: Results) -> list[list[str]]:
     rows = [["", *models]]
     rows.append(["parameters", *(_size(m["parameters"], dense["parameters"], 1e6, "M") for m in models.values())])
     rows.append(["weights", *(_size(m["bytes"], dense["bytes"], 1e6, " MB") for m in models.values())])
-    for name in dense["suites"]:
-        key = metric(name)
-        cells = [_score(m["suites"][name], dense["suites"][name], key, m is dense) for m in models.values()]
-        rows.append([f"{name} ({key})", *cells])
-    if dense["suites"]:
-        for label, key in (("average", "average"), ("gold log-probability / token", "gold_logprob")):
-            rows.append([label, *(_change(m[key], dense[key], ".3f", m is dense) for m in models.values())])
+    for protocol in protocols(models)[:1]:
+        rows += protocol_rows(results, protocol)[1:]
     for name in dense["perplexity"]:
         cells = [_times(m["perplexity"][name], dense["perplexity"][name], m is dense) for m in models.values()]
         rows.append([f"perplexity {name}", *cells])
+    return rows
+
+
+def protocol_rows(results: Results, protocol: str) -> list[list[str]]:
+    """A heading, then the suites of one protocol with each model's score and change against dense, then averages."""
+    models: dict[str, Any] = results["models"]
+    dense = models["dense"]
+    names = [name for name, result in dense["suites"].items() if result["protocol"] == protocol]
+    rows = [["", *models]]
+    for name in names:
+        key = metric(name)
+        cells = [
+            _score(m["suites"][name], dense["suites"][name], key, m is dense)
+            + comparison.mark(results["comparisons"], name, "dense", model)
+            for model, m in models.items()
+        ]
+        rows.append([f"{name} ({key}){'' if name in results['signal'] else ' *'}", *cells])
+    strong = sum(name in results["signal"] for name in names)
+    labels = {"average": "average", "gold_logprob": "gold log-probability / token"}
+    if 0 < strong < len(names):
+        labels = {"average": "average", "average_with_signal": f"average of {strong} with signal", **labels}
+    for key, label in labels.items():
+        values = [m["averages"][protocol][key] for m in models.values()]
+        if values[0] is not None:
+            rows.append([label, *(_change(v, values[0], ".3f", n == 0) for n, v in enumerate(values))])
     return rows
 
 
@@ -109,7 +166,15 @@ def markdown(results: Results) -> str:
     """`report.md`: both tables, what the columns mean, and where every artifact lies."""
     parts = [f"# {results['name']}", ""]
     if scores := score_rows(results):
-        parts += [_pipe_table(scores), "", _legend(results), ""]
+        parts += [_pipe_table(scores), "", legend(results), ""]
+    for protocol in protocols(results["models"])[1:]:
+        parts += [f"## {PROTOCOLS[protocol]}", "", _pipe_table(protocol_rows(results, protocol)), ""]
+        parts += [legend(results, protocol), ""]
+    for first, second in dict.fromkeys((row["first_model"], row["second_model"]) for row in results["comparisons"]):
+        chosen = [r for r in results["comparisons"] if (r["first_model"], r["second_model"]) == (first, second)]
+        parts += [f"## {second} against {first}", "", _pipe_table(comparison.table_rows(chosen)), ""]
+    if results["comparisons"]:
+        parts += [VERDICTS, ""]
     parts += ["## Stages", "", _pipe_table(stage_rows(results)), "", "## Artifacts", ""]
     parts += [f"- `{entry['stage']}/{entry['key']}`: {_what(entry)}" for entry in results["stages"]]
     return "\n".join(parts) + "\n"
@@ -135,11 +200,30 @@ def _what(entry: dict[str, Any]) -> str:
     return f"{entry['model']} on {entry['suite']}" if entry["suite"] else f"`{entry['path']}`"
 
 
-def _legend(results: Results) -> str:
-    suites_found: dict[str, Any] = results["models"]["dense"]["suites"]
-    counts = ", ".join(f"{name} {result['n']}" for name, result in suites_found.items())
-    text = "In brackets: the change against dense; ±: one standard error. Average: unweighted, over the suites."
-    return f"{text} Protocol A (log-likelihood ranking). Items: {counts}." if counts else text
+def legend(results: Results, protocol: str | None = None) -> str:
+    """What a table's marks mean, the protocol, and how many items were scored."""
+    every: dict[str, Any] = results["models"]["dense"]["suites"]
+    protocol = protocol or next(iter(protocols(results["models"])), None)
+    found = {name: result for name, result in every.items() if result["protocol"] == protocol}
+    if not found:
+        return "In brackets: the change against dense."
+    first = next(iter(found.values()))
+    parts = [
+        "In brackets: the change against dense; ±: one standard error; ▲ ▼: better, worse than dense on the same "
+        "items, no mark: no difference seen (McNemar, 5%). Average: unweighted, over the suites.",
+        f"{PROTOCOLS[first['protocol']]}, {'with' if first['bos'] else 'without'} BOS, {first['harness']}.",
+        f"Items: {', '.join(f'{name} {count}' for name, count in _counts(found, 'n').items())}.",
+    ]
+    if weak := [name for name in found if name not in results["signal"]]:
+        parts.append(f"*: dense is not above chance there ({', '.join(weak)}), so no change can be read from it.")
+    for key, said in (("truncated", "Contexts cut to the window"), ("unparsed", "Dense answers that name no option")):
+        if counts := _counts(found, key):
+            parts.append(f"{said}: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    return " ".join(parts)
+
+
+def _counts(found: dict[str, Any], key: str) -> dict[str, int]:
+    return {name: result[key] for name, result in found.items() if result.get(key)}
 
 
 def _pipe_table(rows: list[list[str]]) -> str:

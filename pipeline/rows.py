@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from evaluation import suites
+from evaluation.instructions import alpaca, instruction
 from evaluation.suites import Suite
-from pipeline.config import RowsConfig
+from pipeline.config import PerplexityConfig, RowsConfig
 from pipeline.errors import SourceError
 from pipeline.sources import Sources
 
@@ -21,10 +22,6 @@ VERSION = 1  # in the key of everything made from rows: raise it when the same s
 
 PARQUET = b"PAR1"  # how every Parquet file begins
 Row = dict[str, Any]
-ALPACA = (
-    "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
 
 
 def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
@@ -56,12 +53,17 @@ def read_rows(sources: Sources, config: RowsConfig) -> list[Row]:
 
 
 def texts(sources: Sources, config: RowsConfig) -> list[str]:
-    """Plain texts: the whole file (format text), or one field of every row, each distinct text once, in order."""
+    """Plain texts: the whole file (format text), or one field of every row, each distinct text once, in order.
+
+    Text for perplexity that is `verbatim` keeps blank and repeated rows.
+    """
     if config.format == "text":
         return [sources.read(config.source).decode("utf-8")]
     if not config.field:
         raise SourceError(f"{config.source}: as plain text it needs `field` (which field to read) or `format: text`")
     found = [_field(row, config.field, index, config.source) for index, row in enumerate(read_rows(sources, config))]
+    if isinstance(config, PerplexityConfig) and config.verbatim:
+        return found
     return list(dict.fromkeys(text for text in found if text.strip()))
 
 
@@ -73,6 +75,9 @@ def pairs(sources: Sources, config: RowsConfig) -> list[tuple[str, str]]:
     if config.format == "pairs":
         place = config.source
         return [(_field(r, "prompt", n, place), _field(r, "response", n, place)) for n, r in enumerate(rows)]
+    if config.format == "instruction" and config.suite:
+        asked = [instruction(config.suite, row) for row in rows]
+        return [(question.prompt, question.response) for question in asked]
     if config.format == "instruction":
         return [_alpaca(row, index, config.source) for index, row in enumerate(rows)]
     from evaluation.examples import examples
@@ -128,12 +133,7 @@ def _mapping(row: Any, index: int, place: str) -> Row:
 
 
 def _alpaca(row: Row, index: int, place: str) -> tuple[str, str]:
-    given = row.get("input") or ""
-    prompt = ALPACA.format(
-        also=", paired with an input that provides further context" if given else "",
-        instruction=_field(row, "instruction", index, place),
-        input=f"### Input:\n{given}\n\n" if given else "",
-    )
+    prompt = alpaca(_field(row, "instruction", index, place), row.get("input") or "")
     return prompt, _field(row, "output", index, place)
 
 

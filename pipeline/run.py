@@ -68,8 +68,8 @@ def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]
     for item in missing:
         step = item.step
         with run.reporter.step(f"{step.label} ({step.key})") as progress:
-            runner.progress = progress
             force = item.why.startswith("--force")
+            runner.progress, runner.fresh = progress, force
             statuses[step.label] = _build_one(run, runner, step, force)
     return statuses
 

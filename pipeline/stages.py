@@ -3,7 +3,6 @@
 Imported only when something has to be built: this is where torch comes in.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation import suites
-from evaluation.perplexity import perplexity
-from evaluation.score import score
-from pipeline import calibration, exporting, recovering, rows
-from pipeline.config import PerplexityConfig, RunConfig, RuntimeConfig, SuiteConfig
+from pipeline import calibration, exporting, recovering, rows, scoring
+from pipeline.config import RunConfig, RuntimeConfig
 from pipeline.errors import ConfigError, StageError
 from pipeline.export import quantized
 from pipeline.sources import Sources
@@ -47,6 +43,7 @@ class Runner:
     sources: Sources
     store: Store
     progress: Progress = lambda done, total, note: None
+    fresh: bool = False  # take nothing from results of other keys
     _loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = field(default=None, init=False)
 
     def build(self, step: Step, workspace: Workspace) -> dict[str, Any]:
@@ -140,36 +137,11 @@ class Runner:
             self._loaded = None  # the old model goes before the new one comes
             self._loaded = (str(folder), *self.load(folder))
         _, model, tokenizer = self._loaded
-        scored = step.scored
-        if isinstance(scored, PerplexityConfig):
-            texts = rows.texts(self.sources, scored)
-            result = perplexity(model, tokenizer, texts, scored.window, scored.tokens, progress=self.progress)
-        else:
-            assert isinstance(scored, SuiteConfig)
-            local, settings = scored.rows(), step.material["settings"]
-            outcome = score(
-                model,
-                tokenizer,
-                suites.load(scored.name),
-                rows=rows.read_rows(self.sources, local) if local else None,
-                limit=settings["limit"],
-                batch_size=self.config.runtime.evaluation_batch,
-                add_bos=settings["add_bos"],
-                progress=self.progress,
-                revision=None if local else step.material["rows"]["commit"],
-            )
-            result = outcome.metrics
-            lines = (json.dumps(item, ensure_ascii=False) for item in outcome.items)
-            (workspace.out / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        parameters = list(model.parameters())  # tied ones once
-        size = {
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        }
+        means = (self.sources, self.store, workspace, self.config.runtime, self.progress, self.fresh)
+        said = scoring.evaluate(model, tokenizer, step, *means)
         if quantized.is_quantized(folder):
-            size = {"parameters": model.num_parameters(), "bytes": quantized.weight_bytes(folder)}
-        (workspace.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        return {"report": result, "model": size}
+            said["model"] = {"parameters": model.num_parameters(), "bytes": quantized.weight_bytes(folder)}
+        return said
 
 
 def prepare(runtime: RuntimeConfig) -> None:

@@ -111,9 +111,9 @@ class Store:
             shutil.rmtree(work, ignore_errors=True)
         return Artifact(stage, key[:KEY_LENGTH], self.folder(stage, key), manifest), status
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """Every finished artifact, by stage and key."""
-        for manifest in sorted(self.root.glob(f"[!.]*/*/{MANIFEST}")):
+    def artifacts(self, stage: str = "[!.]*") -> Iterator[Artifact]:
+        """Every finished artifact (of one stage), by stage and key."""
+        for manifest in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
             folder = manifest.parent
             yield Artifact(folder.parent.name, folder.name, folder, json.loads(manifest.read_text(encoding="utf-8")))
 

@@ -1,15 +1,18 @@
-"""The suites: one YAML each, which names lm-eval's own task (`task`, `folder`) or holds a task config (`config`).
+"""The suites: one YAML each, which names lm-eval's own task (`task`, `folder`), holds a task config (`config`), or
+names the suite whose rows it asks by protocol B (`base`).
 
 Importing this costs no torch and no lm-eval: names, metrics and row checks are needed before anything is scored.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from evaluation.suites import harness_task
 
 FOLDER = Path(__file__).parent
 TYPES = {"str": str, "int": int, "list": list, "choices": dict}
@@ -21,6 +24,7 @@ class Suite:
 
     `identity` names the row fields by which a question is recognised in another file (each by itself, or
     `identity_joined` as one text); data files are cut in halves by the first one. `fields` gives the row schema.
+    `fixed_answers`: every question has the same choices, so always giving the most frequent one is a guess too.
     """
 
     name: str
@@ -32,11 +36,13 @@ class Suite:
     hub: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     identity_joined: bool = False
+    fixed_answers: bool = False
     protocol: str = "A"
+    base: str = ""
 
     def identities(self, row: dict[str, Any]) -> list[str]:
         """The texts that identify a row; two rows that share one are the same question or passage."""
-        texts = [str(row[name]) for name in self.identity]
+        texts = [str(row[name]) for name in self.identity] or [str(sorted(row.items()))]
         return [" ".join(texts)] if self.identity_joined else texts
 
 
@@ -48,17 +54,24 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Suite:
-    """The suite of this name. Raises ValueError naming the nearest one there is."""
+    """The suite of this name, or lm-eval's task of the name after `lm-eval:`. Raises ValueError naming a near one."""
+    if name.startswith(harness_task.PREFIX):
+        return Suite(name=name, metric="acc", identity=(), fields={}, **harness_task.describe(name.split(":", 1)[1]))
     if name not in names():
         near = get_close_matches(name, names(), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no suite is called {name!r}{hint}; there are {', '.join(names())}")
+        raise ValueError(f"no suite is called {name!r}{hint}; there are {', '.join(names())}, lm-eval:TASK")
     said: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    if base := said.get("base"):
+        return replace(load(base), name=name, base=base, metric="acc", protocol="B")
     return Suite(name=name, **(said | {"identity": tuple(said["identity"])}))  # pyright: ignore[reportArgumentType]
 
 
 def check_rows(suite: Suite, rows: list[dict[str, Any]], place: str) -> None:
-    """Raise ValueError at the first row that lacks a field, has a wrong type or an empty choice."""
+    """Raise ValueError at the first row that lacks a field, has a wrong type or an empty choice.
+
+    Fields of a task by name (`lm-eval:TASK`) are not known here; lm-eval's templates ask for them.
+    """
     for number, row in enumerate(rows, start=1):
         for name, kind in suite.fields.items():
             problem = _field_problem(row, name, kind)

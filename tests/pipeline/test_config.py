@@ -58,7 +58,7 @@ def keys(path: Path, *overrides: str, store: Path) -> dict[str, str]:
         ("model.dtype=bfloat16", {"statistics", "prune", "recover", "merge", "evaluate"}),
         ("evaluation.limit=7", {"evaluate"}),
         ("runtime.device=cpu", set[str]()),
-        ("runtime.evaluation_batch=2", set[str]()),
+        ("runtime.evaluation_tokens=64", set[str]()),
         ("recovery.adapter={method: rora, rank: 16, alpha: 16, dropout: 0.0, targets: all-linear}", set[str]()),
     ],
 )

@@ -1,0 +1,100 @@
+"""The shared-prefix scorer against lm-eval's HFLM at its best batch size: seconds a suite, and largest difference.
+
+    python benchmarks/evaluation_speed.py --model FOLDER --data FOLDER [--limit 100] [--batch 1 --batch 8 ...]
+
+DATA holds SUITE/test.jsonl in lm-eval's schemas. Both answer the same requests (built once, not timed) in one process,
+the order changing with every repeat; the least time counts.
+`--clock cpu` measures processor time, for a busy machine. HFLM runs every batch size, each suite's best is taken.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation import suites
+from evaluation.harness import build_task
+from evaluation.scorer import SharedPrefixLM
+
+os.environ["TQDM_DISABLE"] = "1"
+EIGHT = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def requests_of(suite: str, file: Path, limit: int) -> list[Any]:
+    lines = file.read_text(encoding="utf-8").splitlines()[:limit]
+    task = build_task(suites.load(suite), [json.loads(line) for line in lines])
+    task.build_all_requests()
+    return task.instances
+
+
+def timed(model: Any, requests: list[Any], clock: Callable[[], float]) -> tuple[float, list[float]]:
+    started = clock()
+    answers = model.loglikelihood(requests, disable_tqdm=True)
+    return clock() - started, [value for value, _ in answers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--suite", action="append", choices=EIGHT)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--batch", type=int, action="append", help="batch sizes of HFLM (default 1, 4, 16, 64)")
+    parser.add_argument("--tokens", type=int, action="append", help="tokens a batch of ours (default: its own)")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    options = parser.parse_args()
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    own = {
+        f"ours, {tokens} tokens" if tokens else "ours": SharedPrefixLM(model, tokens, tokenizer=tokenizer)
+        for tokens in options.tokens or [None]
+    }
+    peers = {
+        f"HFLM, batch {size}": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        for size in options.batch or [1, 4, 16, 64]
+    }
+    everyone: dict[str, Any] = own | peers
+    totals = {"ours": 0.0, "HFLM": 0.0}
+    print(f"{options.limit} items a suite, {options.dtype}, {options.threads} threads, {options.repeats} repeats\n")
+    print("| suite | requests | " + " | ".join(everyone) + " | times faster | largest difference |")
+    print("|---|" + "---:|" * (len(everyone) + 3))
+    for suite in options.suite or EIGHT:
+        requests = requests_of(suite, options.data / suite / "test.jsonl", options.limit)
+        seconds: dict[str, float] = {}
+        answers: dict[str, list[float]] = {}
+        for lm in everyone.values():
+            lm.loglikelihood(requests[:4], disable_tqdm=True)
+        for repeat in range(options.repeats):
+            order = list(everyone) if repeat % 2 == 0 else list(everyone)[::-1]
+            for name in order:
+                taken, answers[name] = timed(everyone[name], requests, clock)
+                seconds[name] = min(seconds.get(name, taken), taken)
+        mine, best = min(own, key=lambda name: seconds[name]), min(peers, key=lambda name: seconds[name])
+        totals["ours"] += seconds[mine]
+        totals["HFLM"] += seconds[best]
+        apart = max(abs(a - b) for a, b in zip(answers[mine], answers[best], strict=True))
+        cells = [f"{seconds[name]:.2f}" for name in everyone]
+        ratio = seconds[best] / seconds[mine]
+        print(f"| {suite} | {len(requests)} | {' | '.join(cells)} | {ratio:.2f} | {apart:.2g} |", flush=True)
+    print(
+        f"\ntotal: {totals['ours']:.1f} s, HFLM at its best {totals['HFLM']:.1f} s: "
+        f"{totals['HFLM'] / totals['ours']:.2f} times faster"
+    )
+
+
+if __name__ == "__main__":
+    main()
