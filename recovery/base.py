@@ -34,8 +34,15 @@ class AdapterConfig(BaseModel, frozen=True, extra="forbid"):
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input only, while training")
 
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Options that speak of some layers only, and the patterns they give; each must fit an adapted layer."""
+        return {}
+
 
 C = TypeVar("C", bound=AdapterConfig)
+N = TypeVar("N", int, float)
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Layer:
     name: str  # as in the model, "model.layers.0.self_attn.q_proj"
     weight: Tensor  # [out, in], frozen, any floating dtype
     seed: int
+    head_size: int = 0  # channels of one attention head of the model
 
     @property
     def outputs(self) -> int:
@@ -123,11 +131,28 @@ class Adapter(Tensors, Generic[C]):
         """Called without autograd once, after training, on the adapters that will be saved."""
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern (`q_proj`, `mlp.up_proj`, `layers.0.mlp.up_proj`) is a layer's name or the end of it."""
+    return f".{name}".endswith(f".{pattern}")
+
+
+def of_pattern(name: str, patterns: Mapping[str, N], default: N) -> N:
+    """The number of the longest pattern that fits a layer's name, or the default."""
+    return max(((len(p), number) for p, number in patterns.items() if fits(name, p)), default=(0, default))[1]
+
+
 def random_uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
     """float32 on the CPU, uniform in +-bound: the same numbers whatever device the model is on."""
     import torch
 
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+def random_normal(shape: tuple[int, ...], deviation: float, generator: Generator) -> Tensor:
+    """float32 on the CPU, normal with mean 0: the same numbers whatever device the model is on."""
+    import torch
+
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
 
 
 def zeros(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ so that it is not put on another model, or twice on the same. It is not PEFT's f
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recovery import adapters, products
-from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, seed_of
+from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, fits, seed_of
 
 WEIGHTS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
 SAMPLED = 64  # weights of each adapted layer that go into the sample
@@ -74,13 +74,15 @@ class AdaptedLinear(nn.Module):
 def attach(model: PreTrainedModel, config: AdapterConfig, seed: int) -> list[str]:
     """Freeze the model and put an adapter on every target layer; returns the layers' names.
 
-    Raises ValueError when adapters are attached already, a target fits no linear layer, or weights are quantised.
+    Raises ValueError when adapters are attached already, a target or pattern fits no layer, or weights are quantised.
     """
     if adapted(model):
         raise ValueError("the model has adapters already: merge or detach them first")
     targets = _targets(model, config)
+    _check_patterns(config, targets)
     method: type[Adapter[Any]] = adapters.load(config.method).Method
-    layers = [Layer(name, linear.weight, seed_of(seed, name)) for name, linear in targets.items()]
+    size = _head_size(model)
+    layers = [Layer(name, linear.weight, seed_of(seed, name), size) for name, linear in targets.items()]
     shared = method.share(config, layers, seed_of(seed, "shared"))
     holder = Registered(shared, layers[0].weight.device)
     model.requires_grad_(False)
@@ -202,12 +204,25 @@ def _targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Line
         return found
     chosen: dict[str, nn.Linear] = {}
     for target in config.targets:
-        fits = {name: linear for name, linear in found.items() if f".{name}".endswith(f".{target}")}
-        if not fits:
+        named = {name: linear for name, linear in found.items() if fits(name, target)}
+        if not named:
             known = sorted({name.rpartition(".")[2] for name in found})
             raise ValueError(f"targets: no linear layer is called {target!r}; there are {', '.join(known)}")
-        chosen |= fits
+        chosen |= named
     return {name: linear for name, linear in found.items() if name in chosen}
+
+
+def _check_patterns(config: AdapterConfig, names: Collection[str]) -> None:
+    for option, patterns in config.patterns().items():
+        for pattern in patterns:
+            if not any(fits(name, pattern) for name in names):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise ValueError(f"{option}: no adapted layer's name ends in {pattern!r}; adapted are {known}")
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    config: Any = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -25,17 +25,17 @@ class Config(lora.LowRankConfig, frozen=True):
     method: Literal["dora"] = "dora"
 
 
-class Method(lora.Method):
-    """A, B and the magnitude m."""
+class Magnitude(lora.LowRank[lora.L]):
+    """The magnitude m over whatever low-rank direction `factors` gives."""
 
-    def __init__(self, config: lora.LowRankConfig, layer: Layer, shared: Tensors) -> None:
+    def __init__(self, config: lora.L, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)
         self.trainable["magnitude"] = layer.weight.detach().float().norm(dim=1).cpu()
 
     def _ratio(self, weight: Tensor) -> Tensor:
         """m / norm, float32 [out]. A row of zeros has m = 0 and the ratio 1: B may still move it."""
-        low_rank = self.trainable["B"].detach() @ self.trainable["A"].detach()
-        norm = (weight.detach().float() + self.scale() * low_rank).norm(dim=1)
+        down, up = (factor.detach() for factor in self.factors())
+        norm = (weight.detach().float() + self.scale() * (up @ down)).norm(dim=1)
         magnitude = self.trainable["magnitude"]
         # At the start m and norm are the same number, and the ratio is exactly 1.
         return (magnitude / norm.clamp_min(1e-30)).where(norm > 0, magnitude + 1)
@@ -48,3 +48,7 @@ class Method(lora.Method):
         ratio = self._ratio(weight)
         product = x @ weight.T if product is None else product
         return ((ratio - 1) * product + ratio * super().forward(x, weight, product)).to(x.dtype)
+
+
+class Method(Magnitude[Config], lora.Method[Config]):
+    """LoRA's A and B, and the magnitude m."""

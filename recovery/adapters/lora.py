@@ -2,15 +2,27 @@
 
 Paper: arXiv 2106.09685. dW = s B A with s = alpha / rank; A [rank, in] uniform in +-1/sqrt(in) (Kaiming with
 a = sqrt 5), B [out, rank] zero, both trained: rank (in + out) parameters. Merge: W + s B A. Seeding A by layer is ours.
+`LowRank` serves every method whose delta is s times a product of two thin factors, however it makes them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
-from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, random_uniform, zeros
+from recovery.base import (
+    Adapter,
+    AdapterConfig,
+    Layer,
+    PositiveFloat,
+    PositiveInt,
+    Tensors,
+    generator_of,
+    of_pattern,
+    random_uniform,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +31,59 @@ VERSION = 2
 
 
 class LowRankConfig(AdapterConfig, frozen=True):
-    """Options of the low-rank family."""
+    """Options of the low-rank family. A pattern is a module's name or the end of one; the longest that fits counts."""
 
     rank: int = Field(default=8, ge=1, description="inner size of B A")
     alpha: float = Field(default=16.0, gt=0, description="numerator of the scale")
+    rank_pattern: dict[str, PositiveInt] = Field(default={}, description="rank of the modules a pattern fits")
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={}, description="alpha of the modules a pattern fits")
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        return {"rank_pattern": tuple(self.rank_pattern), "alpha_pattern": tuple(self.alpha_pattern)}
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer called `name`."""
+        return of_pattern(name, self.rank_pattern, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the layer called `name`."""
+        return of_pattern(name, self.alpha_pattern, self.alpha)
+
+
+L = TypeVar("L", bound=LowRankConfig)
+
+
+class LowRank(Adapter[L]):
+    """dW = s up down. A method gives `factors`, and its `scale` where that is not alpha / rank."""
+
+    def __init__(self, config: L, layer: Layer, shared: Tensors) -> None:
+        super().__init__(config, layer, shared)
+        self.rank = config.rank_of(layer.name)
+        self.alpha = config.alpha_of(layer.name)
+
+    def scale(self) -> float:
+        """s, the factor of the product."""
+        return self.alpha / self.rank
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down [rank, in] and up [out, rank], in the dtype of the trained tensors."""
+        return self.trainable["A"], self.trainable["B"]
+
+    def delta(self, weight: Tensor) -> Tensor:
+        down, up = self.factors()
+        return self.scale() * (up @ down)
+
+    def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
+        down, up = self.factors()
+        return (x @ down.to(x.dtype).T) @ (self.scale() * up).to(x.dtype).T
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if type(self).forward is not LowRank.forward or type(self).delta is not LowRank.delta:
+            return super().output(x, weight, bias)  # a method built on this one with a delta or product of its own
+        from recovery.products import low_rank
+
+        down, up = self.factors()
+        return low_rank(x, weight, bias, down, self.scale() * up)
 
 
 class Config(LowRankConfig, frozen=True):
@@ -31,29 +92,11 @@ class Config(LowRankConfig, frozen=True):
     method: Literal["lora"] = "lora"
 
 
-class Method(Adapter[LowRankConfig]):
+class Method(LowRank[L]):
     """One layer's A and B."""
 
-    def __init__(self, config: LowRankConfig, layer: Layer, shared: Tensors) -> None:
+    def __init__(self, config: L, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)
         bound = layer.inputs**-0.5
-        self.trainable["A"] = random_uniform((config.rank, layer.inputs), bound, generator_of(layer.seed))
-        self.trainable["B"] = zeros(layer.outputs, config.rank)
-
-    def scale(self) -> float:
-        """s, the factor of B A."""
-        return self.config.alpha / self.config.rank
-
-    def delta(self, weight: Tensor) -> Tensor:
-        return self.scale() * (self.trainable["B"] @ self.trainable["A"])
-
-    def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
-        down, up = self.trainable["A"].to(x.dtype), (self.scale() * self.trainable["B"]).to(x.dtype)
-        return (x @ down.T) @ up.T
-
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if type(self).forward is not Method.forward or type(self).delta is not Method.delta:
-            return super().output(x, weight, bias)  # a method built on this one whose delta is not s B A
-        from recovery.products import low_rank
-
-        return low_rank(x, weight, bias, self.trainable["A"], self.scale() * self.trainable["B"])
+        self.trainable["A"] = random_uniform((self.rank, layer.inputs), bound, generator_of(layer.seed))
+        self.trainable["B"] = zeros(layer.outputs, self.rank)

@@ -22,8 +22,8 @@ class Config(lora.LowRankConfig, frozen=True):
     method: Literal["rora"] = "rora"
 
 
-class Method(lora.Method):
+class Method(lora.Method[Config]):
     """LoRA with another scale."""
 
     def scale(self) -> float:
-        return self.config.alpha / math.sqrt(self.config.rank)
+        return self.alpha / math.sqrt(self.rank)

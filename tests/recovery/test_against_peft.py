@@ -40,8 +40,12 @@ def logits_and_gradients(model: Any, wanted: dict[str, Any], vocabulary: int) ->
         ({"method": "lora", "rank": 4, "alpha": 12}, {}),
         ({"method": "rora", "rank": 4, "alpha": 12}, {"use_rslora": True}),
         ({"method": "dora", "rank": 4, "alpha": 12}, {"use_dora": True}),
+        (
+            {"method": "rora", "rank": 4, "alpha": 12, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"o_proj": 5}},
+            {"use_rslora": True, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"o_proj": 5}},
+        ),
     ],
-    ids=lambda value: value.get("method", ""),
+    ids=lambda value: "-".join(map(str, value.values())) if "method" in value else "",
 )
 def test_low_rank_family(options: dict[str, Any], theirs: dict[str, Any], tiny_model: LlamaForCausalLM) -> None:
     settings = peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, lora_dropout=0.0, **theirs)
@@ -102,6 +106,34 @@ def test_randlora(tiny_model: LlamaForCausalLM) -> None:
         theirs = their_gradients[name]
         theirs = theirs.T / len(gradient) ** 0.5 if name.endswith("lambda") else theirs
         torch.testing.assert_close(gradient, theirs, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_vera(tiny_model: LlamaForCausalLM) -> None:
+    settings = peft.VeraConfig(r=6, target_modules=TARGETS, vera_dropout=0.0, d_initial=0.1)
+    reference = peft.get_peft_model(copy.deepcopy(tiny_model), settings).eval()  # type: ignore
+    inject.attach(tiny_model, adapters.load("vera").Config(rank=6), seed=0)
+    first: Any = reference.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    bases = next(iter(inject.adapted(tiny_model).values())).method.shared.bases
+    for name, theirs in (("A", first.vera_A["default"]), ("B", first.vera_B["default"])):
+        assert bases[name].shape == theirs.shape
+        torch.testing.assert_close(bases[name].abs().max(), theirs.abs().max(), rtol=0.05, atol=0)  # the same bound
+        bases[name].copy_(theirs)
+    wanted: dict[str, torch.nn.Parameter] = {}
+    names = {"b": "vera_lambda_b", "v": "vera_lambda_d"}
+    start = {name: parameter.data.clone() for name, parameter in inject.trainable(tiny_model).items()}
+    ours = shake(tiny_model)
+    for name, parameter in ours.items():
+        layer, _, part = name.rpartition(".")
+        theirs: Any = reference.get_submodule(f"base_model.model.{layer}")
+        wanted[name] = getattr(theirs, names[part])["default"]
+        assert torch.equal(start[name], wanted[name].data)
+        wanted[name].data.copy_(parameter.data)
+    vocabulary = tiny_model.config.vocab_size
+    logits, gradients = logits_and_gradients(tiny_model, ours, vocabulary)
+    their_logits, their_gradients = logits_and_gradients(reference, wanted, vocabulary)
+    torch.testing.assert_close(logits, their_logits, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_paper_and_peft_pairing_differ(tiny_model: LlamaForCausalLM) -> None:

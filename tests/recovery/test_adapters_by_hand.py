@@ -1,0 +1,221 @@
+"""Each adapter's delta and hooks on small matrices, worked out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from recovery import adapters, inject
+from recovery.base import Layer, Tensors
+
+
+def made(name: str, weight: torch.Tensor, shared: Tensors | None = None, **options: Any) -> Any:
+    """One layer's adapter, called as a query projection with heads of one channel."""
+    module = adapters.load(name)
+    layer = Layer("layers.0.q_proj", weight, 0, head_size=1)
+    return module.Method(module.Config(**options), layer, shared or Tensors())
+
+
+def fill(method: Any, **values: Any) -> None:
+    for name, value in values.items():
+        assert method.trainable[name].shape == torch.tensor(value).shape, name
+        method.trainable[name].copy_(torch.tensor(value))
+
+
+def close(found: torch.Tensor, expected: Any) -> None:
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float32))
+
+
+def test_randlora_by_hand() -> None:
+    """The paper's sum, written out, for a 3 x 2 layer with rank 1: n = 2 bases, s = 2 / sqrt 2."""
+    config = adapters.load("randlora").Config(rank=1)
+    layer = Layer("x", torch.zeros(3, 2), 0)
+    method = adapters.load("randlora").Method
+    shared = Tensors(
+        bases={"A": torch.tensor([[3.0, -1.0]]), "B": torch.tensor([[[1.0], [4.0]], [[2], [5]], [[3], [6]]])}
+    )
+    made = method(config, layer, shared)
+    assert made.trainable["gamma"].tolist() == [[0.5, 0.5], [0.5, 0.5]]  # 1 / max(n, dmin)
+    made.trainable["lambda"][:] = torch.tensor([[2.0], [10.0]])
+    made.trainable["gamma"][:] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    # basis 1: B = (1, 2, 3), 2 * (3*1, -1*2) = (6, -4);  basis 2: B = (4, 5, 6), 10 * (3*3, -1*4) = (90, -40)
+    expected = torch.tensor([[366.0, -164.0], [462.0, -208.0], [558.0, -252.0]]) * 2**0.5
+    torch.testing.assert_close(made.delta(layer.weight), expected)
+    bases = method.share(config, [Layer("x", torch.zeros(50, 40), 0), Layer("y", torch.zeros(20, 60), 0)], 0).bases
+    assert bases["A"].shape == (1, 40)
+    assert bases["B"].shape == (60, 40, 1)
+    assert float(bases["B"].std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_dora_leaves_rows_of_zeros_alone() -> None:
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    made = adapters.load("dora").Method(adapters.load("dora").Config(rank=1, alpha=1), Layer("x", weight, 0), Tensors())
+    assert made.trainable["magnitude"].tolist() == [5.0, 0.0]
+    assert torch.equal(made.delta(weight), torch.zeros(2, 2))
+    made.trainable["A"][:] = torch.tensor([[1.0, 0.0]])
+    made.trainable["B"][:] = torch.tensor([[5.0], [0.0]])
+    # row 0: (3 + 5, 4) has norm sqrt 80 and is brought back to 5
+    expected = 5 * torch.tensor([8.0, 4.0]) / 80**0.5 - torch.tensor([3.0, 4.0])
+    torch.testing.assert_close(made.delta(weight), torch.stack([expected, torch.zeros(2)]))
+
+
+def test_vera() -> None:
+    bases = {"A": torch.tensor([[1.0, 2, 3, 99], [0, 1, -1, 99]]), "B": torch.tensor([[1.0, 2], [3, -1], [99, 99]])}
+    method = made("vera", torch.zeros(2, 3), Tensors(bases=bases), rank=2)
+    assert torch.equal(method.trainable["v"], torch.full((2,), 0.1))
+    fill(method, b=[10.0, 1], v=[2.0, 3])
+    # diag(v) A = (2 4 6), (0 3 -3); B times that = (2 10 0), (6 9 21)
+    close(method.delta(torch.zeros(2, 3)), [[20, 100, 0], [6, 9, 21]])
+
+
+def test_nola() -> None:
+    bases = {"A": torch.tensor([[[0.0, 1, 99]], [[2, 2, 99]]]), "B": torch.tensor([[[1.0], [0]], [[1], [-1]]])}
+    method = made("nola", torch.zeros(2, 2), Tensors(bases=bases), rank=1, alpha=2, count=2)
+    method.bases["A0"].copy_(torch.tensor([[1.0, 0.0]]))
+    fill(method, a=[3.0, 1], b=[2.0, 4])
+    # A = (1 0) + 3 (0 1) + (2 2) = (3 5);  B = 2 (1 0) + 4 (1 -1) = (6 -4);  s = 2
+    close(method.delta(torch.zeros(2, 2)), [[36, 60], [-24, -40]])
+
+
+def test_mora_shares() -> None:
+    method = made("mora", torch.zeros(4, 4), rank=1, kind="share")  # h = floor(sqrt 8 + 1/2) = 3
+    fill(method, M=[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
+    # M takes (x0 + x3, x1 + x0, x2 + x1); its output starts over in the fourth row
+    close(method.delta(torch.zeros(4, 4)), [[3, 5, 3, 1], [9, 11, 6, 4], [15, 17, 9, 7], [3, 5, 3, 1]])
+
+
+def test_mora_turns() -> None:
+    method = made("mora", torch.zeros(4, 4), rank=1, kind="rope")  # 3 made even: h = 2
+    fill(method, M=[[1.0, 2], [3, 4]])
+    c, s = math.cos(1), math.sin(1)  # chunk 1 is turned by one radian: (x2 c - x3 s, x3 c + x2 s)
+    expected = [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, c + 2 * s, 2 * c - s], [0, 0, 3 * c + 4 * s, 4 * c - 3 * s]]
+    close(method.delta(torch.zeros(4, 4)), expected)
+    wide = made("mora", torch.zeros(2, 8), rank=1, kind="rope")
+    fill(wide, M=[[1.0, 2], [3, 4]])
+    close(wide.delta(torch.zeros(2, 8)), [[1, 2, 0, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]])
+    tall = made("mora", torch.zeros(5, 2), rank=1, kind="rope")  # sqrt 7 + 1/2: 3, made 2; one chunk, repeated
+    fill(tall, M=[[1.0, 2], [3, 4]])
+    close(tall.delta(torch.zeros(5, 2)), [[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]])
+
+
+def test_melora() -> None:
+    method = made("melora", torch.zeros(3, 3), rank=1, count=2, alpha=2)
+    assert method.trainable["A"].abs().max(dim=0).values[:2].max() <= 0.5**0.5  # a part's own inputs are its bound
+    fill(method, A=[[1.0, 2, 3]], B=[[4.0], [5], [6]])
+    close(method.delta(torch.zeros(3, 3)), [[8, 16, 0], [10, 20, 0], [0, 0, 36]])  # slices of 2 and 1
+
+
+def test_lora_mini() -> None:
+    bases = {"Q": torch.tensor([[1.0, 0, 2, 0, 99], [0, 1, 0, 2, 99]]), "P": torch.tensor([[1.0, 1], [0, 2], [99, 99]])}
+    method = made("lora_mini", torch.zeros(2, 4), Tensors(bases=bases), rank=1, alpha=2, a=2, b=2)
+    fill(method, A=[[3.0, 4]], B=[[1.0], [3]])
+    # A Q = (3 4 6 8) / sqrt 4;  P B = (4 6) / sqrt 2;  s = 2
+    close(method.delta(torch.zeros(2, 4)), 2**0.5 * torch.tensor([[6.0, 8, 12, 16], [9, 12, 18, 24]]))
+    with pytest.raises(ValueError, match="rank: 3 is more than a 2"):
+        adapters.load("lora_mini").Config(rank=3, a=2)
+
+
+def test_sora() -> None:
+    method = made("sora", torch.zeros(2, 2), rank=2, alpha=4, threshold=0.1)
+    fill(method, A=[[1.0, 0], [0, 1]], B=[[1.0, 2], [3, 4]], gate=[0.5, -0.05])
+    close(method.delta(torch.zeros(2, 2)), [[1, -0.2], [3, -0.4]])  # s = 2
+    type(method).after_step({"x": method}, 0.5)
+    assert method.trainable["gate"].tolist() == pytest.approx([0.4, 0])  # |-0.05| is below the threshold
+    close(method.delta(torch.zeros(2, 2)), [[0.8, 0], [2.4, 0]])
+
+
+def test_edora() -> None:
+    weight = torch.tensor([[2.0, 1], [1, 2]])  # 3 (1 1)(1 1)^T / 2 + 1 (1 -1)(1 -1)^T / 2
+    method = made("edora", weight, rank=1, alpha=2)
+    assert method.trainable["R"].tolist() == [[0.0]]
+    assert torch.equal(method.delta(weight), torch.zeros(2, 2))
+    fill(method, R=[[1.0]])
+    # W + 2 * 1.5 everywhere = (5 4), (4 5), of norm sqrt 41, brought back to W's sqrt 5
+    close(method.delta(weight), (5 / 41) ** 0.5 * torch.tensor([[5.0, 4], [4, 5]]) - weight)
+
+
+def test_edora_decomposes_as_torch_does() -> None:
+    weight = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
+    up, down = adapters.load("edora").decomposed(weight, 6, seed=1)
+    left, sizes, right = torch.linalg.svd(weight)
+    torch.testing.assert_close(up @ down, left[:, :6] * sizes[:6] @ right[:6], rtol=0, atol=0.05)
+    torch.testing.assert_close(down.norm(dim=1), sizes[:6], rtol=1e-3, atol=0)
+    torch.testing.assert_close(up.T @ up, torch.eye(6), rtol=0, atol=1e-5)
+
+
+def test_increlora_grows_where_the_loss_is_sensitive() -> None:
+    first, second = (made("increlora", torch.zeros(4, 4), rank=2, limit=3) for _ in range(2))
+    layers = {"first": first, "second": second}
+    grow = type(first).after_step
+    for method, gradient in ((first, [3.0, 0, 0]), (second, [0.0, 0, 0])):
+        fill(method, E=[2.0, 0, 0])
+        method.trainable["E"].grad = torch.tensor(gradient)
+        assert method.kept["reserve"].tolist() == pytest.approx([0, 1e-5, 0])
+    grow(layers, 0.05)  # the warm-up
+    # |2 * 3| / sqrt 16 = 1.5; 0.15 of it; 0.15 of how far that was off
+    assert first.kept["score"].tolist() == pytest.approx([0.225, 0.15 * 1.275])
+    assert (first.used, second.used) == (1, 1)
+    grow(layers, 0.36)  # past half way: one of two components
+    assert (first.used, second.used) == (2, 1)
+    assert first.trainable["E"].tolist() == pytest.approx([2, 1e-5, 0])
+    assert first.kept["reserve"].tolist() == pytest.approx([0, 0, 1e-5])
+    grow(layers, 1.0)
+    assert (first.used, second.used) == (3, 1)  # the limit
+    grow(layers, 1.0)
+    assert (first.used, second.used) == (3, 1)  # the average is reached
+    type(first).finish(layers)
+    fill(second, A=[[1.0, 2, 3, 4], [9, 9, 9, 9], [9, 9, 9, 9]], B=[[1.0, 9, 9], [2, 9, 9], [3, 9, 9], [4, 9, 9]])
+    row = torch.tensor([1.0, 2, 3, 4])
+    close(second.delta(torch.zeros(4, 4)), 8 * 2 * row[:, None] * row)  # s = 16 / 2, E = 2
+
+
+def test_lorta() -> None:
+    module, zeros = adapters.load("lorta"), torch.zeros(2, 2)
+    layers = [
+        Layer(f"layers.{n}.{name}", torch.zeros(out, into), 0, head_size=1)
+        for n, name, out, into in [(0, "q_proj", 2, 2), (1, "k_proj", 1, 2), (1, "o_proj", 2, 2)]
+    ]
+    config = module.Config(rank=1, alpha=3)
+    shared = module.Method.share(config, layers, 0)
+    values = {"A_2": [[1.0], [2]], "B_2": [[1.0]], "heads": [[2.0], [5]], "heads_kv": [[7.0]]}
+    values |= {"matrices": [[1.0], [10], [0], [100]], "layers": [[1.0], [-1]]}
+    for name, value in values.items():
+        assert shared.trainable[name].shape == torch.tensor(value).shape
+        shared.trainable[name].copy_(torch.tensor(value))
+    query, key, output = (module.Method(config, layer, shared) for layer in layers)
+    close(query.delta(zeros), [[6, 12], [15, 30]])  # head h: 3 * Ch[h] * (1 2)
+    close(key.delta(zeros), [[-210, -420]])  # its own head 7, matrix 10, layer -1
+    close(output.delta(zeros), [[-600, -1500], [-1200, -3000]])  # heads side by side on the input side
+    with pytest.raises(ValueError, match=r"lorta serves q_proj.*not layers\.0\.up_proj"):
+        module.Method.share(config, [Layer("layers.0.up_proj", zeros, 0, 1)], 0)
+    with pytest.raises(ValueError, match="2 channels are not whole heads of 3"):
+        module.Method.share(config, [Layer("layers.0.q_proj", zeros, 0, 3)], 0)
+
+
+def test_full_has_the_gradient_of_the_weight(tiny_model: LlamaForCausalLM) -> None:
+    ids = torch.randint(4, tiny_model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    tiny_model(ids, labels=ids).loss.backward()
+    wanted = {name: p.grad for name, p in tiny_model.named_parameters() if "_proj" in name}
+    inject.attach(tiny_model, adapters.load("full").Config(), 0)
+    tiny_model(ids, labels=ids).loss.backward()
+    for name, parameter in inject.trainable(tiny_model).items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted[name.replace(".delta", ".weight")], rtol=1e-4, atol=1e-6)
+
+
+def test_rank_and_alpha_by_pattern(tiny_model: LlamaForCausalLM) -> None:
+    patterns = {"up_proj": 6, "layers.1.mlp.up_proj": 2}
+    config = adapters.load("lora").Config(rank=4, rank_pattern=patterns, alpha_pattern={"k_proj": 40})
+    inject.attach(tiny_model, config, 0)
+    found = {name: module.method for name, module in inject.adapted(tiny_model).items()}
+    ranks = {name: method.trainable["A"].shape[0] for name, method in found.items() if method.rank != 4}
+    assert ranks == {"model.layers.0.mlp.up_proj": 6, "model.layers.1.mlp.up_proj": 2}  # the longer pattern wins
+    assert found["model.layers.0.self_attn.k_proj"].scale() == 10
+    assert found["model.layers.1.mlp.up_proj"].scale() == 8
+    inject.detach(tiny_model)
+    for option, pattern in (("rank_pattern", "lm_head"), ("alpha_pattern", "proj")):
+        with pytest.raises(ValueError, match=f"{option}: no adapted layer's name ends in '{pattern}'.*down_proj"):
+            inject.attach(tiny_model, adapters.load("rora").Config(**{option: {pattern: 4}}), 0)
+    assert not inject.adapted(tiny_model)
