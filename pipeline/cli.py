@@ -192,6 +192,7 @@ def export_command(
 def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Path, as_json: bool) -> None:
     """Show what a run would build and what is cached, and why."""
     from pipeline.console import out
+    from pipeline.export import foreseen
     from pipeline.plan import memory_of_pruning, plan
     from pipeline.report import table
     from pipeline.steps import steps_of
@@ -200,13 +201,20 @@ def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Pa
     sources = run.sources()
     planned = plan(steps_of(run.config, sources), run.store, run.folder)
     memory = memory_of_pruning(run.config, sources)
+    loads = foreseen.targets(run.config, sources)
     if as_json:
         steps = [item.as_json() for item in planned]
-        click.echo(json.dumps({"name": run.config.name, "steps": steps, "pruning_memory_bytes": memory}, indent=1))
+        click.echo(
+            json.dumps(
+                {"name": run.config.name, "steps": steps, "pruning_memory_bytes": memory, "loads": loads}, indent=1
+            )
+        )
         return
     rows = [["step", "key", "status", "why"]]
     rows += [[item.step.label, item.step.key, item.status, item.why] for item in planned]
     out().print(table(rows, run.config.name))
+    for tool, how in loads.items():
+        out().print(f"{tool}: {how}", highlight=False)
     if memory:
         out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory", highlight=False)
 

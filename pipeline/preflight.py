@@ -35,6 +35,10 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
                 raise SourceError(f"evaluation.perplexity: {part.source}: no text to score")
         elif local := part.rows():
             check_rows(suites.load(part.name), rows.read_rows(sources, local), part.source or "")
+    if "export" in stages:
+        from pipeline.export import foreseen
+
+        foreseen.refuse(config, sources)
     check_leaks(config, sources)
 
 

@@ -57,7 +57,7 @@ def cut_with(
                 f"compensation: ridge: auto judges by every {HELD_OUT}th calibration window, and there are only "
                 f"{len(input_ids)}; raise samples, or give ridge a number"
             )
-    cutter = Cutter(model, kept, biased=compensation.method == "bias", free=config.shape == "free")
+    cutter = Cutter(model, kept, biased=compensation.method == "bias", free=config.shape in ("free", "gguf"))
     if compensation.method == "least_squares":
         assert input_ids is not None
         return _refit(cutter, model, input_ids, compensation, progress)

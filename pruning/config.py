@@ -1,13 +1,14 @@
 """What every pruning method is told: how much, which structures, which shape, and what makes up for the loss."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Decoder-only models whose layers are LLaMA's: RMSNorm, rotary attention with grouped heads, gated FFN.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RegrowForCausalLM")
 
+GGUF_BLOCK = 32  # weights of a row that llama.cpp quantizes together
 Kind = Literal["ffn", "attention", "heads", "hidden", "layers"]
 DepthMethod = Literal["block_influence", "shortened"]
 
@@ -74,13 +75,16 @@ class PruningConfig(Section):
     `structures`: `ffn` channels, `attention` groups (a key-value head with its query heads), query `heads` (the same
     number from every group), `hidden` channels (one width for the whole model) or whole `layers`.
     `shape: uniform` gives every layer the same widths, so that stock transformers load the result; `free` lets layers
-    differ, and needs the modeling file that is saved beside the weights. `allocation: uniform` takes the same fraction
-    from every layer, `global` ranks the structures of all layers together, a list gives each layer's relative share.
+    differ, and needs the modeling file that is saved beside the weights; `vllm` lets FFN widths differ and keeps
+    attention alike, as vLLM's block_configs want it; `gguf` is free, with widths that are a multiple of 32, the block
+    of llama.cpp's 4- and 8-bit types, unless `round_to` says otherwise (256 is the block of its K-quants).
+    `allocation: uniform` takes the same fraction from every layer, `global` ranks the structures of all layers
+    together, a list gives each layer's relative share.
     """
 
     method: str
     ratio: float = Field(gt=0, lt=1, description="fraction of the model's parameters to remove")
-    shape: Literal["uniform", "free"] = "uniform"
+    shape: Literal["uniform", "free", "vllm", "gguf"] = "uniform"
     structures: tuple[Kind, ...] = Field(default=("ffn", "attention"), min_length=1)
     allocation: Literal["uniform", "global"] | tuple[Annotated[float, Field(ge=0)], ...] = "uniform"
     protect: Protect = Protect()
@@ -94,6 +98,14 @@ class PruningConfig(Section):
     def runs_on_text(self) -> bool:
         """Whether pruning itself, beyond the first statistics, needs calibration text."""
         return self.steps > 1 or self.compensation.method == "least_squares"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blocks(cls, data: Any) -> Any:
+        """llama.cpp's block, where nothing else was asked for."""
+        if isinstance(data, dict) and cast("dict[str, Any]", data).get("shape") == "gguf":
+            return {"round_to": GGUF_BLOCK, **data}
+        return data
 
     @model_validator(mode="after")
     def _possible(self) -> "PruningConfig":
@@ -110,6 +122,17 @@ class PruningConfig(Section):
                 )
             if self.allocation != "uniform":
                 raise ValueError("allocation: layers of different widths make the model non-uniform; set shape: free")
+        differing = self.allocation != "uniform" or self.protect.first or self.protect.last
+        if self.shape == "vllm" and differing:
+            if set(self.structures) & {"attention", "heads"}:
+                raise ValueError(
+                    "shape: vllm has one number of query heads for all layers, so only FFN widths may differ; set "
+                    "structures: [ffn], or an allocation: uniform without protect"
+                )
+            if self.compensation.method == "bias":
+                raise ValueError(
+                    "shape: vllm: layers that differ have no biases there; set compensation: least_squares"
+                )
         if self.allocation == "global" and (other := set(self.structures) - {"ffn", "attention"}):
             raise ValueError(f"allocation: global ranks ffn and attention structures, not {', '.join(sorted(other))}")
         if self.depth and not isinstance(self.allocation, str):

@@ -90,8 +90,12 @@ def prune(
     return PruneResult(model, kept, original, report)
 
 
-def foresee(said: dict[str, Any], config: PruningConfig) -> None:
-    """Raise ValueError where the entries of a `config.json` alone tell that a model cannot be pruned as asked."""
+def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
+    """The entries of the pruned model's config, as far as sizes alone tell: under a global allocation, and where whole
+    layers go by their scores, the widths stand for any that differ.
+
+    Raises ValueError where the entries of a `config.json` alone tell that a model cannot be pruned as asked.
+    """
     (name,) = said["architectures"]
     shape = Architecture.read(said)
     parameters, goal = shape.parameters(), round((1 - config.ratio) * shape.parameters())
@@ -104,11 +108,19 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> None:
         raise ValueError(f"depth: {config.depth} takes {share:.1%} of the parameters, more than ratio: {config.ratio}")
     shapes, hidden = list(left.layers), shape.hidden
     if config.allocation == "global":
-        shapes[0] = replace(shapes[0], ffn=shapes[0].ffn - 1)  # layers will differ
-    elif "layers" not in config.structures:
+        first = shapes[0]
+        groups = first.groups - (first.groups > 1 and "attention" in config.structures)
+        ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn
+        shapes[0] = replace(first, ffn=ffn, groups=groups)  # layers will differ
+    elif "layers" in config.structures:
+        size = sum(shape.layer_parameters(layer) for layer in shapes) / len(shapes)
+        count = max(1, len(shapes) - round((left.parameters() - goal) / size))
+        shapes, staying = shapes[:count], staying[:count]
+    else:
         shapes, hidden = plan_shapes(left, config, goal)
-    biased, free = config.compensation.method == "bias", config.shape == "free"
-    target(name, said, shapes, staying, hidden, biased, free)
+    biased, free = config.compensation.method == "bias", config.shape in ("free", "gguf")
+    made, made_class = target(name, said, shapes, staying, hidden, biased, free)
+    return {**made.to_dict(), "architectures": [made_class.__name__]}
 
 
 def _scores(model: PreTrainedModel, statistics: Vectors, config: PruningConfig, staying: list[int]) -> Scores:

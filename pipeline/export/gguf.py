@@ -72,6 +72,11 @@ def architecture(model: ModelFolder) -> str:
 
 def refusal(model: ModelFolder, config: GgufConfig) -> str | None:
     """Why llama.cpp cannot hold this model, or None."""
+    return shape_refusal(model) or gguf_tokenizer.refusal(model)
+
+
+def shape_refusal(model: ModelFolder) -> str | None:
+    """The same from the config's entries alone, without the tokenizer."""
     if model.said.get("hidden_act", "silu") != "silu":
         return f"hidden_act is {model.said['hidden_act']}; llama.cpp computes silu here"
     try:
@@ -79,7 +84,7 @@ def refusal(model: ModelFolder, config: GgufConfig) -> str | None:
             return f"llama.cpp's {architecture(model)} reads no scaled rotary frequencies"
     except ValueError as error:
         return str(error)
-    return gguf_tokenizer.refusal(model)
+    return None
 
 
 def frequency_factors(model: ModelFolder) -> Any:

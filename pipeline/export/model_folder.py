@@ -20,6 +20,13 @@ class ModelFolder:
     path: Path
     adapter: Path | None = None
 
+    @classmethod
+    def planned(cls, path: Path, said: dict[str, Any]) -> "ModelFolder":
+        """A model that is not there yet: these config entries, the tokenizer of `path`."""
+        model = cls(path)
+        model.__dict__["said"] = said  # where cached_property keeps it
+        return model
+
     @cached_property
     def said(self) -> dict[str, Any]:
         """The entries of config.json. Raises ConfigError where that is not a LLaMA-like model's."""
