@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ TOKENS_ELSEWHERE = 16384
 PAIRS = 2**25  # entries of one forward pass's attention mask
 LOGITS = 512  # positions whose logits are held at once
 MASKED = ("sdpa", "eager")  # attention that takes a 4-D mask
+
+PACKS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # models that were tried, and whether they can
 
 log = logging.getLogger("lm_eval.regrow")
 
@@ -201,7 +204,9 @@ class SharedPrefixLM(HFLM):
     def _can_pack(self) -> bool:
         """Whether packed rows give this model's own log-likelihoods; tried once, on a few made-up tokens."""
         if self._packs is None:
-            self._packs = self.backend == "causal" and self._packs_well()
+            if self.model not in PACKS:
+                PACKS[self.model] = self.backend == "causal" and self._packs_well()
+            self._packs = PACKS[self.model]
             if not self._packs:
                 log.warning("regrow: this model cannot run shared prefixes; requests are run one by one, as HFLM does")
         return self._packs

@@ -34,7 +34,10 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
             if not rows.texts(sources, part):
                 raise SourceError(f"evaluation.perplexity: {part.source}: no text to score")
         elif local := part.rows():
-            check_rows(suites.load(part.name), rows.read_rows(sources, local), part.source or "")
+            try:
+                check_rows(suites.load(part.name), rows.read_rows(sources, local), part.source or "")
+            except ValueError as error:
+                raise SourceError(f"evaluation.suites: {error}") from error
     if "export" in stages:
         from pipeline.export import foreseen
 

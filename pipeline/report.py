@@ -134,6 +134,9 @@ def protocol_rows(results: Results, protocol: str) -> list[list[str]]:
         values = [m["averages"][protocol][key] for m in models.values()]
         if values[0] is not None:
             rows.append([label, *(_change(v, values[0], ".3f", n == 0) for n, v in enumerate(values))])
+    if protocol == "B":
+        counts = [sum(m["suites"][name]["unparsed"] for name in names) for m in models.values()]
+        rows.append(["answers that name no option", *map(str, counts)])
     return rows
 
 
@@ -216,9 +219,8 @@ def legend(results: Results, protocol: str | None = None) -> str:
     ]
     if weak := [name for name in found if name not in results["signal"]]:
         parts.append(f"*: dense is not above chance there ({', '.join(weak)}), so no change can be read from it.")
-    for key, said in (("truncated", "Contexts cut to the window"), ("unparsed", "Dense answers that name no option")):
-        if counts := _counts(found, key):
-            parts.append(f"{said}: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    if counts := _counts(found, "truncated"):
+        parts.append(f"Contexts cut to the window: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
     return " ".join(parts)
 
 

@@ -15,7 +15,8 @@ import yaml
 from evaluation.suites import harness_task
 
 FOLDER = Path(__file__).parent
-TYPES = {"str": str, "int": int, "list": list, "choices": dict}
+TYPES = {"str": str, "choice": str, "int": int, "list": list, "choices": dict}
+KINDS = {"choice": "str", "choices": "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def _field_problem(row: dict[str, Any], name: str, kind: str) -> str:
         return f"field {name!r} is missing"
     value: Any = row[name]
     if not issubclass(type(value), TYPES[kind]):  # isinstance would narrow `value` for the checker
-        return f"field {name!r} is a {type(value).__name__}, not {'a mapping' if kind == 'choices' else kind}"
-    options: list[Any] = []
+        return f"field {name!r} is a {type(value).__name__}, not {KINDS.get(kind, kind)}"
+    options: list[Any] = [value] if kind == "choice" else []
     if kind == "choices":
         options = value.get("text") or []
         if not options or len(options) != len(value.get("label") or []):

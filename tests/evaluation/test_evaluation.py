@@ -177,6 +177,7 @@ def test_an_unknown_suite_names_the_nearest():
     ("name", "change", "message"),
     [
         ("piqa", {"goal": None}, "row 2: field 'goal' is a NoneType, not str"),
+        ("piqa", {"sol2": " "}, "row 2: field 'sol2' has an empty choice"),
         ("piqa", {"label": "0"}, "row 2: field 'label' is a str, not int"),
         ("hellaswag", {"endings": ["a", " "]}, "row 2: field 'endings' has an empty choice"),
         ("arc_easy", {"choices": {"text": ["a"], "label": []}}, "needs as many `text` as `label`"),

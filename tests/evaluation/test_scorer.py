@@ -1,5 +1,6 @@
 """The shared-prefix scorer against lm-eval's HFLM: every kind of request, random lengths, any batch and order."""
 
+import copy
 import random
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_non_uniform_and_16_bit_and_eager_models_pack(tiny_model: LlamaForCausal
     agree(*pair(model, tiny_tokenizer), items(random.Random(3)))
     tiny_model.set_attn_implementation("eager")
     agree(*pair(tiny_model, tiny_tokenizer), items(random.Random(4)))
-    own, _ = pair(tiny_model.to(torch.bfloat16), tiny_tokenizer)
+    own, _ = pair(copy.deepcopy(tiny_model).to(torch.bfloat16), tiny_tokenizer)
     assert own._can_pack()
 
 

@@ -81,6 +81,8 @@ def test_a_larger_limit_scores_only_the_rest(folder: Path, monkeypatch: pytest.M
 
 def test_any_architecture_is_scored_and_mistakes_are_told(folder: Path, tiny_tokenizer: Any):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bad = "".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "sol2": " "}))
+    (folder / "bad.jsonl").write_text(bad)
     checkpoint.save(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=264, **size)), tiny_tokenizer, folder / "neox")
     assert evaluated("neox", "--suite", "piqa=path:piqa.jsonl")["models"]["dense"]["suites"]["piqa"]["n"] == 8
     for words, message in (
@@ -88,6 +90,7 @@ def test_any_architecture_is_scored_and_mistakes_are_told(folder: Path, tiny_tok
         (("one", "--suite", "piqua=path:piqa.jsonl"), "did you mean 'piqa'"),
         (("nowhere", "--suite", "piqa"), "no such folder or config"),
         (("some.yaml", "--suite", "piqa"), "names its suites itself"),
+        (("one", "--suite", "piqa=path:bad.jsonl"), "path:bad.jsonl: row 2: field 'sol2' has an empty choice"),
     ):
         result = regrow("evaluate", *words)
         assert result.exit_code == 2
@@ -104,3 +107,16 @@ def test_speed_and_texts_side_by_side(folder: Path):
     found = json.loads(regrow("sample", "one", "two", "--prompt", "the cat", *words).stdout)
     assert found["prompts"] == ["the cat"]
     assert all(len(model["texts"]) == 1 for model in found["models"].values())
+
+
+def test_protocols_never_share_a_table(folder: Path):
+    rows = "path:piqa.jsonl"
+    results = evaluated("one", "--suite", f"piqa={rows}", "--suite", f"piqa_generated={rows}", "--limit", "2")
+    dense = results["models"]["dense"]
+    assert dense["averages"]["A"]["average"] == dense["suites"]["piqa"]["acc"] == dense["average"]
+    assert dense["averages"]["B"]["average"] == dense["suites"]["piqa_generated"]["acc"]
+    first, second = (folder / "runs/evaluate-one/report.md").read_text().split("## Protocol B")
+    assert "| piqa (acc)" in first
+    assert "piqa_generated" not in first
+    assert "| piqa_generated (acc)" in second
+    assert "| answers that name no option | " in second
