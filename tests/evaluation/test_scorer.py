@@ -192,7 +192,8 @@ def test_a_model_that_ignores_positions_is_found_out(
     arguments = items(random.Random(6))
     found = own.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
     assert own._packs is False
-    assert found == reference.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
+    expected = reference.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 def test_lm_eval_knows_it_by_name(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Any):
