@@ -132,7 +132,7 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, seed: int) -> No
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "bases_sha256": _bases_digest(model),
-        "base_sample_sha256": _sample_digest(model),
+        "base_sample_sha256": sample_digest(model),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in {**trainable(model), **kept(model)}.items()}
     save_file(tensors, folder / WEIGHTS)
@@ -181,7 +181,7 @@ def _check(model: nn.Module, said: dict[str, Any], folder: Path) -> None:
             f"{folder}: the bases rebuilt from seed {said['seed']} have sha256 {found[:16]}, it was trained with "
             f"{said['bases_sha256'][:16]}: another seed or torch draws other numbers; use the merged model instead"
         )
-    if _sample_digest(model) != said["base_sample_sha256"]:
+    if sample_digest(model) != said["base_sample_sha256"]:
         raise ValueError(
             f"{folder}: this adapter was trained on other weights; attach it to the pruned model it belongs to "
             "(a merged model has it inside already)"
@@ -244,7 +244,7 @@ def _bases_digest(model: nn.Module) -> str:
     )
 
 
-def _sample_digest(model: nn.Module) -> str:
+def sample_digest(model: nn.Module) -> str:
     """sha256 over names, shapes and evenly spaced weights of the adapted layers, as bfloat16 so that loading in another
     dtype does not matter."""
     total = hashlib.sha256()
