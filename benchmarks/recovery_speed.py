@@ -123,6 +123,8 @@ class Ours:
             self.optimizer.step()
             self.optimizer.zero_grad()
             fed += tokens
+        if not started:
+            raise SystemExit("--examples: too few, the first batch is not counted and there was no other")
         return fed / (clock() - started)
 
 
