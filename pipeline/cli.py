@@ -186,6 +186,19 @@ def export_command(
     _run(config, last="export", force="export" if force else None, overrides=overrides, **options)
 
 
+@main.command("unpickle")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder whose tokenizer files are copied.")
+@click.option("--allow-pickle", is_flag=True, help="Read its tensors alone, in another process.")
+def unpickle_command(file: Path, output: Path, tokenizer: Path | None, allow_pickle: bool) -> None:
+    """Turn LLM-Pruner's pickled model into a model folder, which `path:FOLDER` then names as a source."""
+    from pipeline.pickled import convert
+
+    made = convert(file, output, tokenizer, allow_pickle)
+    click.echo(f"{output}: {made['class']}, {made['parameters']:,} parameters")
+
+
 @main.command("plan")
 @_options
 @_json_option
