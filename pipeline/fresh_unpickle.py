@@ -1,4 +1,4 @@
-"""Run by `pickled` in a process of its own: the tensors and plain attributes of a pickled model. Knows nothing of regrow.
+"""Run by `pickled` in a process of its own: the tensors and plain attributes of a pickled model.
 
 python -I fresh_unpickle.py FILE.bin OUT: writes OUT/tensors.safetensors and OUT/attributes.json.
 
