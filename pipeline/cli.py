@@ -88,11 +88,13 @@ def _run(
     show(run, execute(run, last, force), as_json)
 
 
-def show(run: Any, results: dict[str, Any], as_json: bool) -> None:
+def show(run: Any, results: dict[str, Any] | None, as_json: bool) -> None:
     """A run's results on stdout."""
     from pipeline import report
     from pipeline.console import out
 
+    if results is None:  # a helper of a run by several processes
+        return
     if as_json:
         click.echo(report.as_text(results))
         return
@@ -107,14 +109,14 @@ def show(run: Any, results: dict[str, Any], as_json: bool) -> None:
 
 
 def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> Any:
-    from pipeline import config_file
+    from pipeline import config_file, processes
     from pipeline.console import Reporter
     from pipeline.run import Run
     from pipeline.store import Store
 
     raw = config_file.read(config, overrides)
     checked = config_file.check(raw, str(config))
-    return Run(checked, raw, Store(store), runs / checked.name, Reporter())
+    return Run(checked, raw, Store(store), runs / checked.name, Reporter(quiet=not processes.first()))
 
 
 @main.command("run")

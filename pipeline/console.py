@@ -12,10 +12,10 @@ LINE_EVERY = 20.0  # seconds between progress lines where stderr is not a termin
 
 
 class Reporter:
-    """Writes to stderr."""
+    """Writes to stderr, or nothing at all."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)

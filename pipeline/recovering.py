@@ -1,11 +1,14 @@
 """The stages that train: `teacher` asks the dense model about the training rows once, `recover` trains on them."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import rows
+from transformers import PreTrainedModel
+
+from pipeline import processes, rows
 from pipeline.steps import Step
 from pipeline.store import Workspace
-from recovery import distill, inject
+from recovery import distill, inject, parallel
 from recovery.data import Example
 from recovery.feed import within_budget
 from recovery.teacher import Kept, Live, Teacher, keep
@@ -30,10 +33,21 @@ def teach(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]:
 
 
 def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]:
-    """Train the adapter and save it with the log of its steps."""
+    """Train the adapter, with all processes, and save it with the log of its steps."""
     settings = runner.config.recovery
     assert settings is not None
-    model, tokenizer = runner.load(runner.folder(step))
+    processes.call({"key": step.key, "scratch": str(workspace.scratch)})
+    model, report = adapter_of(runner, step, workspace.scratch)
+    inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
+    (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
+    return {"report": report}
+
+
+def adapter_of(runner: "Runner", step: Step, scratch: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """This process's part of the training of a step: the model with its adapter, and the report."""
+    settings = runner.config.recovery
+    assert settings is not None
+    model, tokenizer = runner.load(runner.folder(step), place="cpu" if parallel.sharded() else None)
     teacher: Teacher | None = None
     if settings.distillation:
         if settings.distillation.cache:
@@ -42,10 +56,7 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
             dense, _ = runner.load(runner.dense_folder())
             distill.check(model, dense, settings.distillation)
             teacher = Live(dense, settings.distillation)
-    report = train(model, tokenizer, _examples(runner), settings, workspace.scratch, runner.progress, teacher)
-    inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
-    (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
-    return {"report": report}
+    return model, train(model, tokenizer, _examples(runner), settings, scratch, runner.progress, teacher)
 
 
 def _examples(runner: "Runner") -> list[tuple[float, list[Example]]]:

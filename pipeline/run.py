@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline import preflight, provenance, report
+from pipeline import preflight, processes, provenance, report
 from pipeline.config import RunConfig
 from pipeline.console import Reporter
 from pipeline.errors import RegrowError, StageError
@@ -40,8 +40,33 @@ class Run:
         return Sources(self.store, self.config.checksums, self.reporter.say)
 
 
-def execute(run: Run, last: str | None = None, force: str | None = None) -> report.Results:
-    """Build what is missing up to the stage `last` and return the results. Cached steps cost no torch import."""
+def execute(run: Run, last: str | None = None, force: str | None = None) -> report.Results | None:
+    """Build what is missing up to the stage `last` and return the results. Cached steps cost no torch import.
+
+    Of several processes the first does that; the others help it train and return None.
+    """
+    with processes.joined():
+        if processes.first():
+            return _execute(run, last, force)
+        _help(run)
+        return None
+
+
+def _help(run: Run) -> None:
+    from pipeline.recovering import adapter_of
+    from pipeline.stages import Runner, prepare
+
+    prepare(run.config.runtime)
+    while said := processes.hear():
+        sources = run.sources()
+        (step,) = (step for step in steps_of(run.config, sources) if step.key == said["key"])
+        try:
+            adapter_of(Runner(run.config, sources, run.store), step, Path(said["scratch"]))
+        except Exception as error:
+            raise StageError(f"{step.label}, process {os.environ.get('RANK')}: {error}") from error
+
+
+def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     sources = run.sources()
     steps = until(steps_of(run.config, sources), last)
     planned = plan(steps, run.store, run.folder, force)

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import calibration, exporting, recovering, rows, scoring
+from pipeline import calibration, exporting, processes, recovering, rows, scoring
 from pipeline.config import RunConfig, RuntimeConfig
 from pipeline.errors import ConfigError, StageError
 from pipeline.export import quantized
@@ -71,10 +71,12 @@ class Runner:
         """The folder of the dense model."""
         return self.sources.model_folder(self.config.model.source)
 
-    def load(self, folder: Path, placement: Placement = "whole") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A folder's model, in the run's dtype and on its device, and tokenizer."""
+    def load(
+        self, folder: Path, placement: Placement = "whole", place: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A folder's model, in the run's dtype and on its device (or `place`), and tokenizer."""
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        where = device(self.config.runtime.device)
+        where = place or device(self.config.runtime.device)
         if quantized.is_quantized(folder):
             return quantized.load(folder, where), checkpoint.load_tokenizer(folder)
         model = checkpoint.load(folder, dtype, where, placement)
@@ -158,7 +160,7 @@ def device(name: str) -> str:
     """The device that `auto` means here. Raises ConfigError when the asked one is not there."""
     cuda = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if cuda else "cpu"
+        return processes.device() if cuda else "cpu"
     if name.startswith("cuda") and not cuda:
         raise ConfigError(f"runtime.device: {name}: torch {torch.__version__} sees no GPU here; set it to auto or cpu")
     return name

@@ -68,7 +68,7 @@ def terms(
 
 
 def accumulate(
-    model: PreTrainedModel, row: Row, teacher: Teacher, settings: Distillation, labelled: int, positions: int
+    model: PreTrainedModel, row: Row, teacher: Teacher, settings: Distillation, labelled: float, positions: float
 ) -> list[float]:
     """Add a row's share to the gradients of a step of `labelled` tokens and distilled `positions`.
 

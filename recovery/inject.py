@@ -58,6 +58,7 @@ class AdaptedLinear(nn.Module):
         self.method = method
         self.adapter = Registered(method, linear.weight.device)
         self.shared = shared  # one module for all layers
+        self.sample = _sample(linear.weight)  # taken now: weights may be sharded later
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, cast("Tensor | None", self.linear.bias)
@@ -107,7 +108,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter's parameters, as `layer.name`, and the shared ones as `shared.name`."""
     return {
         f"{place}.{name}": parameter
-        for place, module in _registered(model).items()
+        for place, module in registered(model).items()
         for name, parameter in module.items()
     }
 
@@ -115,9 +116,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def kept(model: nn.Module) -> dict[str, Tensor]:
     """Tensors beside the parameters that are saved with them, named likewise."""
     return {
-        f"{p}.{name}": tensor
-        for p, module in _registered(model).items()
-        for name, tensor in module.tensors.kept.items()
+        f"{p}.{name}": tensor for p, module in registered(model).items() for name, tensor in module.tensors.kept.items()
     }
 
 
@@ -230,7 +229,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _registered(model: nn.Module) -> dict[str, Registered]:
+def registered(model: nn.Module) -> dict[str, Registered]:
+    """The modules that hold the adapters' tensors, by layer, and the shared one."""
     layers = adapted(model)
     places = {name: module.adapter for name, module in layers.items()}
     if layers:
@@ -240,16 +240,20 @@ def _registered(model: nn.Module) -> dict[str, Registered]:
 
 def _bases_digest(model: nn.Module) -> str:
     return digest_of(
-        {f"{p}.{n}": t for p, module in _registered(model).items() for n, t in module.tensors.bases.items()}
+        {f"{p}.{n}": t for p, module in registered(model).items() for n, t in module.tensors.bases.items()}
     )
 
 
 def sample_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and evenly spaced weights of the adapted layers, as bfloat16 so that loading in another
-    dtype does not matter."""
+    """sha256 over names, shapes and samples of the adapted layers."""
     total = hashlib.sha256()
     for name, module in adapted(model).items():
-        weight = module.linear.weight.detach().flatten()
-        sample = weight[:: max(1, weight.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
-        total.update(f"{name}{tuple(module.linear.weight.shape)}".encode() + sample.numpy().tobytes())
+        total.update(name.encode() + module.sample)
     return total.hexdigest()
+
+
+def _sample(weight: Tensor) -> bytes:
+    """Shape and evenly spaced values, as bfloat16 so that loading in another dtype does not matter."""
+    values = weight.detach().flatten()
+    values = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
+    return f"{tuple(weight.shape)}".encode() + values.numpy().tobytes()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from recovery import attention
+from recovery import attention, parallel
 from recovery.data import IGNORED, Row
 
 CHUNK = 1024  # labelled tokens whose logits exist at one time when there are more
@@ -56,6 +56,7 @@ def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Sequence[Row]) -> float:
-    """Mean cross entropy of the labelled tokens of rows, in eval mode."""
+    """Mean cross entropy of the labelled tokens of rows, in eval mode; the processes share the rows."""
     model.eval()
-    return sum(float(row_loss(model, row)[0]) for row in rows) / labelled(rows)
+    total = sum(float(row_loss(model, row)[0]) * counts for _, row, counts in parallel.share(rows))
+    return parallel.add_up([total])[0] / labelled(rows)

@@ -1,8 +1,9 @@
 """The trainer: adapters in float32 on a frozen model in its own dtype, until a budget of tokens is spent.
 
 Every step collects rows up to `batch_tokens`, averages the loss over the step's labelled tokens, clips and takes an
-AdamW step. The rows are a function of data and config alone, and dropout's numbers of config and step, so a run that
-was stopped goes on from its last checkpoint exactly as if it had not been (bit for bit on a CPU with the same threads).
+AdamW step. The rows are a function of data and config alone, and dropout's numbers of config, step and row, so a run
+that was stopped goes on from its last checkpoint exactly as if it had not been (bit for bit on a CPU with the same
+threads). Several processes share every step's rows (`recovery.parallel`); the first alone writes.
 """
 
 import itertools
@@ -10,14 +11,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recovery import adapters, checkpoints, distill, history, inject
+from recovery import adapters, checkpoints, distill, history, inject, parallel
 from recovery.base import Adapter, seed_of
 from recovery.config import RecoveryConfig
 from recovery.data import Row, batches
@@ -55,7 +58,7 @@ def train(
         if history.worn_out(run.state, config.validation.patience):
             break
         run.step(batch)
-        if time.monotonic() - saved >= config.checkpoint_every:
+        if time.monotonic() - saved >= config.checkpoint_every and parallel.rank() == 0:
             run.save()
             saved = time.monotonic()
     return run.finish()
@@ -86,6 +89,9 @@ class _Run:
         self.model, self.config, self.scratch = model, config, scratch
         self.validation, self.progress, self.teacher = validation, progress, teacher
         self.layers = inject.attach(model, config.adapter, config.seed)
+        self.within: parallel.Within = lambda function: function()
+        if parallel.sharded():
+            self.within = parallel.shard(model, inject.registered(model).values())
         self.parameters = inject.trainable(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +102,8 @@ class _Run:
         self.state, self.loss = State(), math.nan
         if (scratch / checkpoints.LAST).is_file():
             self._resume()
-        history.cut(scratch, self.state.step)
+        if parallel.rank() == 0:
+            history.cut(scratch, self.state.step)
 
     def step(self, batch: Sequence[Row]) -> None:
         """Feed a batch, take one optimizer step, log it, and measure the held-out loss where that is due."""
@@ -111,7 +118,8 @@ class _Run:
         if int(before * times / config.tokens) < int(after * times / config.tokens):
             self._validate()
         state.seconds += time.monotonic() - started
-        history.write(self.scratch, state, losses, rate)
+        if parallel.rank() == 0:
+            history.write(self.scratch, state, losses, rate)
         self._tell(after)
 
     def save(self) -> None:
@@ -135,21 +143,23 @@ class _Run:
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
-        return history.report(self.scratch, state, trainable, len(self.layers), worn_out)
+        if parallel.rank() > 0:
+            return {}
+        together = {"processes": parallel.processes(), "sharded": parallel.sharded()}
+        return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **together}
 
     def _update(self, batch: Sequence[Row], rate: float, share: float) -> dict[str, float]:
         """One optimizer step; returns the batch's loss and the terms it is made of."""
         self.model.train()
-        dropout = self.config.adapter.dropout > 0
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        tokens = sum(len(row.ids) for row in batch)
+        mine = [row for _, row, _ in parallel.share(batch)]
+        # What a method shares between the passes would be made of whole weights: not where they are sharded.
         with (
-            torch.random.fork_rng(devices, enabled=dropout),
-            self.method.step(self._methods(), tokens, len(batch)),
+            nullcontext()
+            if parallel.sharded()
+            else self.method.step(self._methods(), sum(len(row.ids) for row in mine), len(mine))
         ):
-            if dropout:
-                torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step))
             losses = self._backward(batch)
+        parallel.add_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
             self._fail(f"is {losses['loss']} (gradient norm {float(norm)})", batch)
@@ -167,32 +177,40 @@ class _Run:
         return losses
 
     def _backward(self, batch: Sequence[Row]) -> dict[str, float]:
-        """Gradients of the batch's mean loss, summed up row by row."""
+        """Gradients of the batch's mean loss, summed up over this process's rows; the loss is over all of them."""
         count, fed = labelled(batch), self.state.tokens
         settings, teacher = self.config.distillation, self.teacher
         positions = sum(sum(distilled(row, settings.positions)) for row in batch) if settings else 0
         sums = [0.0, 0.0, 0.0]
-        for row in batch:
-            if settings and teacher:
-                terms = distill.accumulate(self.model, row, teacher, settings, count, positions)
-                sums = [total + term for total, term in zip(sums, terms, strict=True)]
-            else:
-                loss, _ = row_loss(self.model, row)
-                (loss / count).backward()
-                sums[0] += float(loss.detach())
+        dropout = self.config.adapter.dropout > 0
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        for place, row, counts in parallel.share(batch):
+            over = (count, positions) if counts else (math.inf, math.inf)
+            with torch.random.fork_rng(devices, enabled=dropout):
+                if dropout:
+                    torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step, place))
+                if settings and teacher:
+                    terms = self.within(partial(distill.accumulate, self.model, row, teacher, settings, *over))
+                    sums = [total + term * counts for total, term in zip(sums, terms, strict=True)]
+                else:
+                    loss, _ = self.within(partial(row_loss, self.model, row))
+                    (loss / over[0]).backward()
+                    sums[0] += float(loss.detach()) * counts
             fed += len(row.ids)
             self._tell(fed)
+        sums = parallel.add_up(sums)
         return distill.means(sums, settings, count, positions) if settings else {"loss": sums[0] / count}
 
     def _validate(self) -> None:
         """Measure the held-out loss; keep the adapter when it is the best so far."""
         if not self.validation:
             return
-        state, loss = self.state, mean_loss(self.model, self.validation)
+        state, loss = self.state, self.within(partial(mean_loss, self.model, self.validation))
         state.validation.append({"step": state.step, "tokens": state.tokens, "loss": loss})
         if loss < state.best:
             state.best, state.best_step = loss, state.step
-            checkpoints.write(self.scratch / checkpoints.BEST, self._tensors(), {"step": state.step, "loss": loss})
+            if parallel.rank() == 0:
+                checkpoints.write(self.scratch / checkpoints.BEST, self._tensors(), {"step": state.step, "loss": loss})
 
     def _fail(self, what: str, batch: Sequence[Row]) -> None:
         good = [
