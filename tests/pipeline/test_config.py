@@ -10,6 +10,7 @@ from pipeline.plan import plan
 from pipeline.sources import Sources
 from pipeline.steps import Step, steps_of
 from pipeline.store import Store
+from pruning import criteria
 
 SHIPPED = sorted(shipped_folder().glob("*.yaml"))
 
@@ -29,7 +30,8 @@ def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, mon
     found = steps(path, store=tmp_path)
     labels = [step.label for step in found]
     scored = len(config.evaluation.suites) + len(config.evaluation.perplexity)
-    expected = [*(["statistics gradients", "prune"] if config.pruning else []), "recover", "merge"]
+    measured = [f"statistics {part.name}" for part in criteria.statistics(config.pruning)] if config.pruning else []
+    expected = [*measured, *(["prune"] if config.pruning else []), "recover", "merge"]
     assert labels[: len(expected)] == expected
     assert len(found) == len(expected) + scored * (3 if config.pruning else 2)
     planned = plan(found, Store(tmp_path), tmp_path / "runs")
