@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pipeline import processes, rows
 from pipeline.steps import Step
 from pipeline.store import Workspace
-from recovery import distill, inject, parallel
+from recovery import distill, inject, parallel, peft_format
 from recovery.data import Example
 from recovery.feed import within_budget
 from recovery.teacher import Kept, Live, Teacher, keep
@@ -39,6 +39,8 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
     processes.call({"key": step.key, "scratch": str(workspace.scratch)})
     model, report = adapter_of(runner, step, workspace.scratch)
     inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
+    if peft_format.refusal(settings.adapter) is None:  # the same adapter, for other tools
+        peft_format.write(model, workspace.out / "peft", str(runner.folder(step)))
     (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
     return {"report": report}
 

@@ -32,7 +32,7 @@ def world(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model": {"source": f"path:{model.path}", "dtype": "float32"},
         "pruning": {"method": "llm_pruner", "ratio": 0.2, "calibration": {**text, "samples": 2, "length": 8}},
         "recovery": {
-            "adapter": {"method": "rora", "rank": 4, "alpha": 4},
+            "adapter": {"method": "rora", "rank": 4, "alpha": 4, "rank_pattern": {"up_proj": 6}},
             "tokens": 256, "batch_tokens": 128, "max_length": 64, "learning_rate": 1e-2, "data": [text],
         },
         "evaluation": {"perplexity": [{**text, "name": "text", "window": 16}]},
@@ -64,6 +64,9 @@ def test_a_run_exports_scores_and_caches(world: Path):
         "llama-cli -m",
     ):
         assert words in card
+    for folder in (artifacts / "export-peft", artifacts / "recover" / "peft"):
+        patterns = json.loads((next(folder.rglob("adapter_config.json"))).read_text())["rank_pattern"]
+        assert set(patterns.values()) == {6}
     said = json.loads((artifacts / "export-peft/manifest.json").read_text())["report"]
     assert said["check"]["largest_logit_difference"] < 1e-5
     assert "no other model" in (artifacts / "export-peft/README.md").read_text()
