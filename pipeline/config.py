@@ -14,7 +14,7 @@ from pipeline import sources
 from pipeline.errors import ConfigError
 from pipeline.export.config import ExportOrName
 from pruning import criteria
-from pruning.config import PruningConfig
+from pruning.config import HELD_OUT, PruningConfig
 from recovery.config import RecoveryConfig
 
 
@@ -208,10 +208,10 @@ class RunConfig(BaseModel):
             raise ValueError("pruning.calibration: missing; give the text that the criterion looks at")
         if self.pruning and self.calibration and self.pruning.compensation.method == "least_squares":
             windows = self.pruning.compensation.samples or self.calibration.samples
-            if self.pruning.compensation.ridge == "auto" and windows < 4:
+            if self.pruning.compensation.ridge == "auto" and windows < HELD_OUT:
                 raise ValueError(
-                    f"pruning.compensation: ridge: auto judges by every fourth of at least 4 calibration windows, not "
-                    f"{windows}; raise samples, or give ridge a number"
+                    f"pruning.compensation: ridge: auto judges by every {HELD_OUT}th calibration window, and {windows} "
+                    "are asked for; raise samples, or give ridge a number"
                 )
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")

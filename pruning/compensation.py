@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.config import Compensation, PruningConfig
+from pruning.config import HELD_OUT, Compensation, PruningConfig
 from pruning.resident import give_back
 from pruning.structures import WRITERS, Kept, KeptLayer, Vectors, decoder_layers
 from pruning.surgery import Cutter
@@ -33,7 +33,6 @@ from pruning.walk import Walk, watch
 
 Progress = Callable[[int, int, str], None]
 RIDGES = (0.01, 0.1, 1.0, 10.0)
-HELD_OUT = 4  # one calibration window of so many judges the ridge
 
 
 def cut_with(

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 # Decoder-only models whose layers are LLaMA's: RMSNorm, rotary attention with grouped heads, gated FFN.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RegrowForCausalLM")
 
+HELD_OUT = 4  # one calibration window of so many judges the ridge of `least_squares`
 GGUF_BLOCK = 32  # weights of a row that llama.cpp quantizes together
 Kind = Literal["ffn", "attention", "heads", "hidden", "layers"]
 DepthMethod = Literal["block_influence", "shortened"]

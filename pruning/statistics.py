@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from pruning.config import Statistic
+from pruning.memory import BATCH_TOKENS, HEAD_TOKENS
 from pruning.resident import give_back
 from pruning.structures import ATTENTION, FFN, NORMS, WRITERS, Vectors, named_weights
-from pruning.walk import BATCH_TOKENS, Walk, watch
+from pruning.walk import Walk, watch
 
 Progress = Callable[[int, int, str], None]
-HEAD_TOKENS = 256  # positions whose logits exist together
 ROWS_AT_ONCE = 4096  # rows of a weight that are multiplied in float32 together
 
 

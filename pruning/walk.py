@@ -13,10 +13,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.memory import BATCH_TOKENS
 from pruning.placement import leave, visits
 from pruning.structures import decoder_layers
-
-BATCH_TOKENS = 1024  # tokens that pass a layer together
 
 
 class Walk:
