@@ -1,0 +1,81 @@
+"""`regrow export` and `regrow unpickle`: models into the forms of other tools, and out of a pickle."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import ConfigError
+
+
+def add(main: click.Group, run_config: Callable[..., None]) -> None:
+    """Add both commands. `run_config` runs a config up to a stage."""
+
+    @main.command("export")
+    @click.argument("config", required=False, type=click.Path(path_type=Path))
+    @click.option(
+        "--format",
+        "formats",
+        multiple=True,
+        metavar="FORMAT",
+        help="hf, hf:pad, gguf:TYPE, vllm, peft, quantized:SCHEME; may be given several times.",
+    )
+    @click.option(
+        "--model",
+        "folder",
+        type=click.Path(path_type=Path),
+        help="Export this model folder instead of a config's model.",
+    )
+    @click.option("--adapter", type=click.Path(path_type=Path), help="With --model: the adapter folder for peft.")
+    @click.option("-o", "--output", type=click.Path(path_type=Path), help="With --model: where it goes.")
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML).")
+    @click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        default=Path("store"),
+        show_default=True,
+        envvar="REGROW_STORE",
+        help="Where results are cached.",
+    )
+    @click.option(
+        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go."
+    )
+    @click.option("--force", is_flag=True, help="Rebuild this stage.")
+    @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
+    def export(  # pyright: ignore[reportUnusedFunction]
+        config: Path | None,
+        formats: tuple[str, ...],
+        folder: Path | None,
+        adapter: Path | None,
+        output: Path | None,
+        force: bool,
+        **options: Any,
+    ) -> None:
+        """Write a config's model, or any model folder, in forms that other tools load, and check each."""
+        from pipeline.export import command
+
+        if (config is None) == (folder is None):
+            raise ConfigError("give either a CONFIG or --model FOLDER")
+        if folder:
+            done = command.export_folder(folder, formats, output, adapter)
+            click.echo(json.dumps(done, indent=1)) if options["as_json"] else command.say(done)
+            return
+        assert config is not None
+        overrides = (*options.pop("overrides"), *command.as_overrides(formats))
+        run_config(config, last="export", force="export" if force else None, overrides=overrides, **options)
+
+    @main.command("unpickle")
+    @click.argument("file", type=click.Path(path_type=Path))
+    @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+    @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder whose tokenizer files are copied.")
+    @click.option("--allow-pickle", is_flag=True, help="Read its tensors alone, in another process.")
+    def unpickle(  # pyright: ignore[reportUnusedFunction]
+        file: Path, output: Path, tokenizer: Path | None, allow_pickle: bool
+    ) -> None:
+        """Turn LLM-Pruner's pickled model into a model folder, which `path:FOLDER` then names as a source."""
+        from pipeline.pickled import convert
+
+        made = convert(file, output, tokenizer, allow_pickle)
+        click.echo(f"{output}: {made['class']}, {made['parameters']:,} parameters")
