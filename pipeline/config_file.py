@@ -7,7 +7,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
-from pipeline.config import RunConfig, shape_of, shipped_folder
+from pipeline.config import RunConfig, reads_adapter, shape_of, shipped_folder
 from pipeline.errors import ConfigError, did_you_mean
 from pruning import criteria
 from recovery import adapters
@@ -75,7 +75,9 @@ def check(data: dict[str, Any], place: str) -> RunConfig:
         method = _method(cast("dict[str, Any]", pruning), criteria, "pruning.method", problems)
         if method:
             fields["pruning"] = (method | None, None)
-    if isinstance(recovery, dict) and isinstance(recovery.get("adapter"), dict):
+    if reads_adapter(data):
+        problems += _meaningless(cast("dict[str, Any]", recovery))
+    elif isinstance(recovery, dict) and isinstance(recovery.get("adapter"), dict):
         method = _method(cast("dict[str, Any]", recovery["adapter"]), adapters, "recovery.adapter.method", problems)
         if method:
             section = create_model(
@@ -94,6 +96,19 @@ def check(data: dict[str, Any], place: str) -> RunConfig:
     if problems or config is None:
         raise ConfigError("\n".join(f"{place}: {line}" for line in problems))
     return config
+
+
+def _meaningless(recovery: dict[str, Any]) -> list[str]:
+    """What is said beside `recovery.adapter.from`, where nothing is trained."""
+    adapter, problems = recovery["adapter"], list[str]()
+    if not isinstance(adapter["from"], str):
+        problems.append("recovery.adapter.from: missing; write path:FOLDER, or leave `from` out to train an adapter")
+    if "method" in adapter:
+        both = "an adapter that is read has a method already"
+        problems.append(f"recovery.adapter.method: {both}; leave `method` out, or `from` to train a new adapter")
+    others = [f"recovery.adapter.{key}" for key in adapter if key not in ("from", "method")]
+    others += [f"recovery.{key}" for key in recovery if key != "adapter"]
+    return problems + [f"{key}: means nothing beside adapter.from: nothing is trained; leave it out" for key in others]
 
 
 def _method(section: dict[str, Any], registry: Any, key: str, problems: list[str]) -> type[BaseModel] | None:

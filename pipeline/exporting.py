@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def export(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]:
     """Write, check and describe one export of the model that the step reads."""
     assert step.exported is not None
-    recover = next((inner for inner in step.inputs if inner.stage == "recover"), None)
-    adapter = runner.store.folder("recover", recover.key) / "adapter" if recover else None
+    adapter = runner.adapter(step).folder if step.exported.format == "peft" else None
     model = ModelFolder(runner.folder(step), adapter)
     lineage = {**lineages.of_folder(model.path), **_of_source(runner.dense_folder(), workspace.out)}
+    if adapter:
+        lineage["recovery"] = lineages.of_adapter(step.material["adapter"], adapter.name, runner.store.root)
     scored = [inner for inner in step.inputs if inner.scored]
     if scored:
         lineage["results"] = report.score_rows(report.collect(runner.config, scored, runner.store, {}))

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pruning.config import SERVED
+from recovery import saved
 
 
 def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
@@ -29,6 +30,8 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         for index, part in enumerate(config.data):
             if not _train_texts(sources, part):
                 raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")
+    if stages & {"merge", "export"} and config.adapter:
+        check_adapter(config, config.adapter, sources)
     for part in dict.fromkeys(scored):
         if isinstance(part, PerplexityConfig):
             if not rows.texts(sources, part):
@@ -50,12 +53,24 @@ def check_model(config: RunConfig, sources: Sources) -> None:
     folder = sources.model_folder(config.model.source)
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: list[str] = said.get("architectures") or []
-    if (config.pruning or config.recovery) and not set(names) & set(SERVED):
+    if (config.pruning or config.recovery or config.adapter) and not set(names) & set(SERVED):
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"model.source: {config.model.source} is {found}; regrow serves {', '.join(SERVED)}")
     if not any(folder.glob("*.safetensors")):
         remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"model.source: {config.model.source} has no .safetensors weights; {remedy}")
+
+
+def check_adapter(config: RunConfig, spec: str, sources: Sources) -> None:
+    """Refuse an adapter whose files do not hold what is served, or that PEFT has no form for where that is asked."""
+    adapter = sources.adapter(spec)
+    try:
+        saved.check(adapter)
+    except ValueError as error:
+        raise SourceError(f"recovery.adapter.from: {error}") from error
+    reason = adapter.refusal() if any(wanted.format == "peft" for wanted in config.export) else None
+    if reason:
+        raise ConfigError(f"export: {reason}")
 
 
 def check_pruning(config: RunConfig, sources: Sources) -> None:

@@ -25,6 +25,8 @@ from pipeline import hub
 from pipeline.errors import SourceError, did_you_mean
 from pipeline.keys import KEY_LENGTH, digest, file_digest
 from pipeline.store import Artifact, Store, Workspace, write_text
+from recovery import saved
+from recovery.saved import Saved
 
 KINDS = ("hub", "path", "pypi", "synthetic")
 VERSION = 1  # of everything this module writes into the store
@@ -113,6 +115,13 @@ class Sources:
         if not (path / "config.json").is_file():
             raise SourceError(f"{spec}: {path} is not a model folder (it has no config.json)")
         return path
+
+    def adapter(self, spec: str) -> Saved:
+        """An adapter that was trained before, in a `path:` folder. Raises SourceError where it is none."""
+        try:
+            return saved.read(self._file(parse(spec)))
+        except ValueError as error:
+            raise SourceError(f"recovery.adapter.from: {error}") from error
 
     def model_config(self, spec: str) -> dict[str, Any] | None:
         """What a model's config.json says, without fetching weights; None while that would need them (a GGUF file)."""

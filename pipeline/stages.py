@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import calibration, exporting, processes, recovering, rows, scoring
 from pipeline.config import RunConfig, RuntimeConfig
 from pipeline.errors import ConfigError, StageError
-from pipeline.export import quantized
+from pipeline.export import check, quantized
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Store, Workspace
@@ -26,8 +26,9 @@ from pruning import checkpoint
 from pruning.placement import Placement, place
 from pruning.prune import prune
 from pruning.statistics import measure
-from recovery import inject
+from recovery import saved
 from recovery.merge import merge
+from recovery.saved import Saved
 
 Progress = Callable[[int, int, str], None]
 STATISTICS = "statistics.safetensors"
@@ -70,6 +71,14 @@ class Runner:
     def dense_folder(self) -> Path:
         """The folder of the dense model."""
         return self.sources.model_folder(self.config.model.source)
+
+    def adapter(self, step: Step) -> Saved:
+        """The adapter that a step puts on its model: trained by this run, or read."""
+        recover = next((inner for inner in step.inputs if inner.stage == "recover"), None)
+        if recover:
+            return saved.read(self.store.folder(recover.stage, recover.key) / "adapter")
+        assert self.config.adapter is not None
+        return self.sources.adapter(self.config.adapter)
 
     def load(
         self, folder: Path, placement: Placement = "whole", place: str | None = None
@@ -121,17 +130,21 @@ class Runner:
         return first, second
 
     def _merge(self, step: Step, workspace: Workspace) -> dict[str, Any]:
-        recover = step.inputs[-1]
         model, tokenizer = self.load(self.folder(step))
-        inject.attach_saved(model, self.store.folder(recover.stage, recover.key) / "adapter")
-        texts = [prompt + response for prompt, response in rows.pairs(self.sources, self.config.data[0])[:64]]
+        adapter = self.adapter(step)
+        layers = saved.attach(model, adapter)
+        if self.config.data:
+            texts = [prompt + response for prompt, response in rows.pairs(self.sources, self.config.data[0])[:64]]
+        else:
+            texts = [check.passage()]
         ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]
         ids = ids[:, :MERGE_CHECK_TOKENS]
         merged, difference = merge(model, ids)
         if self.config.model.dtype == "float32" and (difference or 0.0) > MERGE_TOLERANCE:
             raise StageError(f"merge: logits moved by {difference:.2g}, more than {MERGE_TOLERANCE}: nothing was saved")
         checkpoint.save(merged, tokenizer, workspace.out / "model")
-        return {"report": {"largest_logit_difference": difference, "tokens_compared": ids.shape[1]}}
+        said = {} if self.config.recovery else {"adapter": {"folder": adapter.folder.name, "layers": len(layers)}}
+        return {"report": {"largest_logit_difference": difference, "tokens_compared": ids.shape[1], **said}}
 
     def _evaluate(self, step: Step, workspace: Workspace) -> dict[str, Any]:
         folder = self.folder(step)

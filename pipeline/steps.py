@@ -3,6 +3,8 @@
     statistics ── prune ── recover ── merge          evaluate(dense | pruned | recovered, suite)
                   teacher ─┘          export(format), of the last model; a quantized one is scored as well
 
+Where an adapter is read (`recovery.adapter.from`), merge rests on its folder, and there is no recover.
+
 `material` is what a key is the digest of: the stage and its version, the method's name and version, the stage's whole
 config, and the keys of its inputs. Device, threads and batch size of evaluation are not in it.
 """
@@ -72,18 +74,22 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
         base = Step("prune", _prune(config, sources, dense, steps), tuple(steps))
         steps.append(base)
         models.append(("pruned", base))
+    inputs: tuple[Step, ...] = (base,) if base else ()
+    model, adapter = "pruned" if base else "dense", None
     if config.recovery:
-        inputs = (base,) if base else ()
-        model = "pruned" if base else "dense"
         taught = _teacher(config, sources, dense)
         kept = config.recovery.distillation and config.recovery.distillation.cache
         teacher = (Step("teacher", taught),) if taught and kept else ()
         # Asked on the fly or kept, the teacher says the same: it has the same key in the adapter's.
         material = {**_recover(config, sources, _identity(dense, base)), "teacher": taught and digest(taught)}
         recover = Step("recover", material, (*inputs, *teacher), model)
-        merged = {**_head("merge"), "base": _identity(dense, base), "adapter": recover.key}
-        merge = Step("merge", merged, (*inputs, recover), model)
-        steps += [*teacher, recover, merge]
+        steps += [*teacher, recover]
+        inputs, adapter = (*inputs, recover), recover.key
+    elif config.adapter:
+        adapter = _read(config.adapter, sources)
+    if adapter:
+        merge = Step("merge", {**_head("merge"), "base": _identity(dense, base), "adapter": adapter}, inputs, model)
+        steps.append(merge)
         models.append(("recovered", merge))
     for model, made_by in models:
         for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
@@ -102,13 +108,14 @@ def _exports(config: RunConfig, sources: Sources, steps: list[Step], dense: dict
     for wanted in config.export:
         alone = wanted.format == "peft"
         base = made.get("prune") if alone else last
-        inputs = (*scores, *((made["recover"],) if alone else ()), *((base,) if base else ()))
+        trained = (made["recover"],) if alone and "recover" in made else ()
+        inputs = (*scores, *trained, *((base,) if base else ()))
         material = {
             **_head("export"),
             "format_version": export.load(wanted.format).VERSION,
             "config": wanted.model_dump(mode="json"),
             "base": _identity(dense, base),
-            "adapter": made["recover"].key if alone else None,
+            "adapter": made["merge"].material["adapter"] if alone else None,
             "scores": [step.key for step in scores],
         }
         model = "recovered" if "merge" in made and not alone else "pruned" if base else "dense"
@@ -175,6 +182,12 @@ def _teacher(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict
         "kept": config.recovery.distillation.model_dump(mode="json", include={"positions", "top_k"}),
         "model": dense,
     }
+
+
+def _read(spec: str, sources: Sources) -> dict[str, Any]:
+    """An adapter that was trained before: its files, and the method that reads them."""
+    found = sources.adapter(spec)
+    return {**sources.key(spec), "format": found.form, "method": found.method, "method_version": found.version}
 
 
 def _evaluate(

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from recovery import adapters, products
 from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, fits, seed_of
+from recovery.saved import DESCRIPTION, FORMAT, WEIGHTS, described
 
-WEIGHTS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
 SAMPLED = 64  # weights of each adapted layer that go into the sample
 
 
@@ -143,13 +143,8 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> None:
 
     Raises ValueError, leaving the model as it was, when it was made for another model, or its bases come out different.
     """
-    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    if said.get("format") != FORMAT:
-        raise ValueError(f"{folder}: adapter format {said.get('format')!r}; this version of regrow reads {FORMAT}")
+    said = described(folder)
     method = adapters.load(said["config"]["method"])
-    if said["method_version"] != method.VERSION:
-        made = f"version {said['method_version']} of {said['config']['method']}"
-        raise ValueError(f"{folder}: made with {made}, here is version {method.VERSION}: train it again")
     attach(model, method.Config.model_validate(said["config"]), said["seed"])
     try:
         load_tensors(model, load_file(folder / WEIGHTS), str(folder))

@@ -16,8 +16,10 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from recovery import adapters
 from recovery.adapters.lora import LowRank
@@ -114,16 +116,9 @@ def attach(model: PreTrainedModel, folder: Path) -> list[str]:
 
     Raises ValueError, leaving the model without adapters, for what cannot be read exactly or belongs to another model.
     """
-    from safetensors import safe_open
-
     from recovery import inject
 
-    said = described(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names: list[str] = list(file.keys())
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-        base = (file.metadata() or {}).get(BASE)
-    config, ours, bases = (_read_low_rank if said["peft_type"] == "LORA" else _read_shared)(said, tensors, folder)
+    config, ours, bases, base = read(folder)
     attached = inject.attach(model, config, seed=0)
     try:
         shared = next(iter(inject.adapted(model).values())).method.shared.bases
@@ -141,11 +136,47 @@ def attach(model: PreTrainedModel, folder: Path) -> list[str]:
     return attached
 
 
+def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tensor], str | None]:
+    """A PEFT folder's adapter in our terms: config, tensors by name, random bases, the digest of its base if it says.
+
+    Raises ValueError for what cannot be read exactly.
+    """
+    said = described(folder)
+    with opened(folder / WEIGHTS) as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        base: str | None = (file.metadata() or {}).get(BASE)
+    config, ours, bases = (_read_low_rank if said["peft_type"] == "LORA" else _read_shared)(said, tensors, folder)
+    return config, ours, bases, base
+
+
+@contextmanager
+def opened(file: Path) -> Generator[Any]:
+    """A safetensors file's handle. Raises ValueError for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}): copy or save it again") from error
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """A JSON file's mapping. Raises ValueError naming the file that holds none."""
+    try:
+        said: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: a mapping was expected, this is a {type(said).__name__}")
+    return cast("dict[str, Any]", said)
+
+
 def described(folder: Path) -> dict[str, Any]:
     """The folder's adapter_config.json. Raises ValueError for a folder that cannot be read."""
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder}: not a PEFT adapter: it has no {DESCRIPTION}")
-    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    said = json_of(folder / DESCRIPTION)
     if said.get("peft_type") not in ("LORA", *VECTORS):
         raise ValueError(f"{folder}: PEFT type {said.get('peft_type')!r}; LORA, VERA and RANDLORA are read")
     if not (folder / WEIGHTS).is_file():
@@ -158,7 +189,17 @@ def described(folder: Path) -> dict[str, Any]:
         odd.append(f"init_lora_weights: {start} (it changed the base's weights)")
     if odd:
         raise ValueError(f"{folder}: {'; '.join(odd)}: not served; merge it with PEFT and use the model it gives")
+    needed = {"LORA": ("lora_alpha",), "VERA": ("r",), "RANDLORA": ("r", "randlora_alpha")}[said["peft_type"]]
+    if absent := [key for key in needed if key not in said]:
+        raise ValueError(f"{folder / DESCRIPTION}: it does not say {', '.join(absent)}: it is damaged")
     return said
+
+
+def method_of(said: dict[str, Any]) -> str:
+    """The adapter of ours that computes what an adapter_config.json describes."""
+    if said["peft_type"] != "LORA":
+        return said["peft_type"].lower()
+    return "dora" if said.get("use_dora") else "rora" if said.get("use_rslora") else "lora"
 
 
 def _low_rank(methods: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,7 +252,7 @@ def _randlora(methods: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_low_rank(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[AdapterConfig, Any, Any]:
     ours = _renamed(tensors, PARTS, folder)
-    method = "dora" if said.get("use_dora") else "rora" if said.get("use_rslora") else "lora"
+    method = method_of(said)
     ranks = {name.removesuffix(".A"): tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A")}
     alphas: dict[str, float] = {}
     for name, rank in ranks.items():
@@ -224,8 +265,7 @@ def _read_low_rank(said: dict[str, Any], tensors: dict[str, Tensor], folder: Pat
 
 
 def _read_shared(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[AdapterConfig, Any, Any]:
-    kind = said["peft_type"]
-    method = kind.lower()
+    kind, method = said["peft_type"], method_of(said)
     # PEFT repeats RandLoRA's projections in every layer; they are one tensor.
     found = {key: [t for name, t in tensors.items() if name.endswith(f".{method}_{key}")] for key in ("A", "B")}
     if not (found["A"] and found["B"]):

@@ -14,7 +14,7 @@ def text(config: ExportConfig, lineage: Lineage, report: dict[str, Any]) -> str:
     parts = [
         "# Model card",
         "",
-        "Made with regrow: a LLaMA-family model, structurally pruned" + _recovered(lineage) + ".",
+        f"Made with regrow: {_what(config, lineage)}.",
         "",
         "## Lineage",
         "",
@@ -39,8 +39,11 @@ def text(config: ExportConfig, lineage: Lineage, report: dict[str, Any]) -> str:
     return "\n".join([*head, *parts]) + "\n"
 
 
-def _recovered(lineage: Lineage) -> str:
-    return ", recovered with an adapter, merged" if lineage.get("recovery") else ""
+def _what(config: ExportConfig, lineage: Lineage) -> str:
+    alone = isinstance(config, PeftConfig)
+    pruned = ", structurally pruned" if lineage.get("pruning") else ""
+    merged = ", recovered with an adapter, merged" if lineage.get("recovery") and not alone else ""
+    return f"{'an adapter for ' if alone else ''}a LLaMA-family model{pruned}{merged}"
 
 
 def _lineage(lineage: Lineage) -> list[str]:
@@ -58,7 +61,11 @@ def _lineage(lineage: Lineage) -> list[str]:
     if lineage.get("parameters"):
         before, after = lineage["parameters"]
         lines.append(f"- parameters: {before:,} before, {after:,} after")
-    if recovery := lineage.get("recovery"):
+    recovery = lineage.get("recovery") or {}
+    if read := recovery.get("read"):
+        which = f"`{read['folder']}` ({read['format']} files, method {read['method']}, sha256 {read['sha256'][:16]})"
+        lines.append(f"- adapter: read from a folder {which}; trained elsewhere")
+    elif recovery:
         said = recovery["config"]
         adapter = ", ".join(f"{key} {value}" for key, value in said["adapter"].items() if value is not None)
         lines += [

@@ -1,7 +1,7 @@
 """What a model was made from and how, read from the manifests of the store it lies in.
 
 {"source": {...}, "dtype": "bfloat16", "licence": "apache-2.0", "parameters": [before, after],
- "pruning": {"config": {...}, "calibration": ..}, "recovery": {"config": {...}, "data": [..]},
+ "pruning": {"config": {...}, "calibration": ..}, "recovery": {"config": {...}, "data": [..]} or {"read": {...}},
  "keys": {"prune": .., "recover": .., "merge": ..}, "results": [[heading ..], [row ..], ..]}
 """
 
@@ -31,17 +31,12 @@ def of_artifact(manifest: dict[str, Any], store: Path) -> dict[str, Any]:
     material, stage = manifest["material"], manifest["stage"]
     found: dict[str, Any] = {"keys": {stage: manifest["key"]}}
     if stage == "merge":
-        recover = _manifest(store, "recover", material["adapter"])
-        found["recovery"] = {
-            "config": recover["material"]["config"],
-            "data": recover["material"]["data"],
-            "tokens": (recover.get("report") or {}).get("tokens"),
-        }
-        base = material["base"]
+        adapter, base = material["adapter"], material["base"]
         found["merge"] = manifest.get("report")
+        found["recovery"] = of_adapter(adapter, (found["merge"] or {}).get("adapter", {}).get("folder"), store)
         earlier = of_artifact(_manifest(store, "prune", base), store) if isinstance(base, str) else {"source": base}
-        keys = {**earlier.get("keys", {}), "recover": recover["key"], **found["keys"]}
-        return {**earlier, **found, "keys": keys}
+        trained = {"recover": _manifest(store, "recover", adapter)["key"]} if isinstance(adapter, str) else {}
+        return {**earlier, **found, "keys": {**earlier.get("keys", {}), **trained, **found["keys"]}}
     if stage == "prune":
         report = manifest["report"]
         found["source"] = material["model"]
@@ -52,6 +47,15 @@ def of_artifact(manifest: dict[str, Any], store: Path) -> dict[str, Any]:
         }
         found["parameters"] = [report["parameters_before"], report["parameters_after"]]
     return found
+
+
+def of_adapter(adapter: Any, folder: str | None, store: Path) -> dict[str, Any]:
+    """What is known of an adapter from its key in another stage's material: how it was trained, or which was read."""
+    if not isinstance(adapter, str):
+        return {"read": {**adapter, "folder": folder}}
+    recover = _manifest(store, "recover", adapter)
+    trained = {key: recover["material"][key] for key in ("config", "data")}
+    return {**trained, "tokens": (recover.get("report") or {}).get("tokens")}
 
 
 def licence_of(folder: Path) -> str | None:

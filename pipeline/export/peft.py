@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.export import check as checks
 from pipeline.export.config import PeftConfig
 from pipeline.export.model_folder import ModelFolder
-from recovery import adapters, peft_format
+from recovery import peft_format, saved
 
 VERSION = 2
 
@@ -20,8 +20,10 @@ def refusal(model: ModelFolder, config: PeftConfig) -> str | None:
     """Why PEFT has no form of this adapter, or None."""
     if model.adapter is None:
         return "there is no adapter to export: nothing was recovered, or none was named (--adapter)"
-    options = _described(model.adapter)["config"]
-    return peft_format.refusal(adapters.load(options["method"]).Config.model_validate(options))
+    try:
+        return saved.read(model.adapter).refusal()
+    except ValueError as error:
+        return str(error)
 
 
 def write(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def write(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
     peft_format.write(reference, out, str(model.path))
     said = json.loads((out / peft_format.DESCRIPTION).read_text(encoding="utf-8"))
     assert model.adapter is not None
-    return {"method": _described(model.adapter)["config"]["method"], "modules": len(said["target_modules"])}
+    return {"method": saved.read(model.adapter).method, "modules": len(said["target_modules"])}
 
 
 def check(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
@@ -40,15 +42,10 @@ def check(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
 
 
 def _adapted(model: ModelFolder) -> Any:
-    """The base with regrow's own adapter attached."""
+    """The base with the adapter attached by regrow."""
     from pruning import checkpoint
-    from recovery import inject
 
     assert model.adapter is not None
     reference = checkpoint.load(model.path)
-    inject.attach_saved(reference, model.adapter)
+    saved.attach(reference, saved.read(model.adapter))
     return reference
-
-
-def _described(adapter: Path) -> dict[str, Any]:
-    return json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))
