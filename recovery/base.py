@@ -78,6 +78,8 @@ class Adapter(Tensors, Generic[C]):
     `forward` may be cheaper than a product with `delta`, and must equal it.
     """
 
+    whole_weights = False  # whether training needs `step`, which cannot be had where weights are sharded
+
     def __init__(self, config: C, layer: Layer, shared: Tensors) -> None:
         super().__init__()
         self.config = config
@@ -91,6 +93,10 @@ class Adapter(Tensors, Generic[C]):
     def delta(self, weight: Tensor) -> Tensor:
         """float32 [out, in]: what merging adds to the frozen weight."""
         raise NotImplementedError
+
+    def frozen(self, weight: Tensor) -> Tensor:
+        """The frozen weight [out, in] as a pass multiplies by it; outside of `step`, itself."""
+        return weight
 
     def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
         """What is added to the layer's output, in x's dtype: x W'^T - x W^T.

@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Module):
         self.sample = _sample(linear.weight)  # taken now: weights may be sharded later
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, cast("Tensor | None", self.linear.bias)
+        weight, bias = self.method.frozen(self.linear.weight), cast("Tensor | None", self.linear.bias)
         if self.training and (dropout := self.method.config.dropout):
             dropped = nn.functional.dropout(x, dropout)
             return products.linear(x, weight, bias) + self.method.forward(dropped, weight, None)

@@ -86,6 +86,11 @@ class _Run:
     ) -> None:
         if config.distillation and teacher is None:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
+        self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
+        if parallel.sharded() and self.method.whole_weights:
+            raise ValueError(
+                f"{config.adapter.method} needs whole weights: launch without FSDP, or take another method"
+            )
         self.model, self.config, self.scratch = model, config, scratch
         self.validation, self.progress, self.teacher = validation, progress, teacher
         self.layers = inject.attach(model, config.adapter, config.seed)
@@ -95,7 +100,6 @@ class _Run:
         self.parameters = inject.trainable(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )

@@ -1,5 +1,6 @@
 """Each adapter's delta and hooks on small matrices, worked out by hand."""
 
+import copy
 import math
 from typing import Any
 
@@ -219,3 +220,66 @@ def test_rank_and_alpha_by_pattern(tiny_model: LlamaForCausalLM) -> None:
         with pytest.raises(ValueError, match=f"{option}: no adapted layer's name ends in '{pattern}'.*down_proj"):
             inject.attach(tiny_model, adapters.load("rora").Config(**{option: {pattern: 4}}), 0)
     assert not inject.adapted(tiny_model)
+
+
+def test_flat_lora_trembles_within_a_step_and_nowhere_else() -> None:
+    config = adapters.load("flat_lora").Config(rank=2, alpha=4, rho=0.2)
+    method, generator = adapters.load("flat_lora").Method, torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 20_000, generator=generator) * torch.tensor([[1.0], [2], [3], [4], [5], [6]])
+    shared = method.share(config, [], 0)
+    layers = {name: method(config, Layer(name, weight, n, 1), shared) for n, name in enumerate(("a", "b"))}
+    flat = layers["a"]
+    flat.trainable["B"].copy_(torch.randn(6, 2, generator=generator))
+    assert flat.frozen(weight) is weight
+    with method.step(layers, 8, 1):
+        assert flat.frozen(weight) is weight  # t = 0: no noise yet
+    method.after_step(layers, 0.25)
+    before = weight.clone()
+    with method.step(layers, 8, 2):
+        first = flat.frozen(weight)
+        assert flat.frozen(weight) is first  # one noise for all passes
+        other = layers["b"].frozen(weight)
+    assert torch.equal(weight, before)
+    assert flat.frozen(weight) is weight
+    merged = weight + 2 * flat.trainable["B"] @ flat.trainable["A"]  # s = 4 / 2
+    noise = first - weight
+    # k = (1 - cos 45 degrees) / 2 = .146447; the deviation of row i is k rho |W'_i| / sqrt(in)
+    expected = 0.146447 * 0.2 * (merged**2).mean(dim=1).sqrt()
+    torch.testing.assert_close(noise.std(dim=1), expected, rtol=0.02, atol=0)
+    unit = noise / expected[:, None]
+    assert unit.mean().abs() < 0.01
+    assert float((unit**4).mean()) == pytest.approx(3, rel=0.05)  # a normal's kurtosis
+    assert abs(float((unit[0] * unit[1]).mean())) < 0.03  # rows, layers and steps are independent
+    assert abs(float((noise * (other - weight)).mean() / noise.std() / (other - weight).std())) < 0.01
+    method.after_step(layers, 1.0)
+    with method.step(layers, 8, 1):
+        last = flat.frozen(weight) - weight
+    torch.testing.assert_close(last.std(dim=1), expected / 0.146447, rtol=0.02, atol=0)
+    assert abs(float((noise * last).mean() / noise.std() / last.std())) < 0.01
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_flat_lora_learns_at_the_noisy_weight(dropout: float, tiny_model: LlamaForCausalLM) -> None:
+    """Gradients of A and B are autograd's on a model whose weights have the noise in them."""
+    config = adapters.load("flat_lora").Config(rank=2, rho=0.9, dropout=dropout)
+    ids = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(2))
+    plain, method = copy.deepcopy(tiny_model), adapters.load("flat_lora").Method
+    inject.attach(tiny_model, config, seed=0)
+    inject.attach(plain, adapters.load("lora").Config(rank=2, dropout=dropout), seed=0)
+    own, other = inject.adapted(tiny_model), inject.trainable(plain)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in inject.trainable(tiny_model).items():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        other[name].data.copy_(parameter.data)
+    methods = {name: module.method for name, module in own.items()}
+    method.after_step(methods, 1.0)
+    with method.step(methods, 24, 1):
+        for name, module in inject.adapted(plain).items():
+            noisy = methods[name].frozen(own[name].linear.weight)
+            assert (noisy - module.linear.weight).abs().max() > 0.01
+            module.linear.weight.data.copy_(noisy)
+        for model in (plain, tiny_model):
+            torch.manual_seed(5)  # dropout's
+            model.train()(ids, labels=ids).loss.backward()
+    for name, parameter in inject.trainable(tiny_model).items():
+        torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-5, atol=1e-7)

@@ -41,7 +41,7 @@ def ids_for(model: LlamaForCausalLM, length: int = 24) -> torch.Tensor:
 
 
 def test_the_methods_are_found() -> None:
-    named = "dora edora full increlora lora lora_mini lorta melora mora nola randlora rora sora vera"
+    named = "dora edora flat_lora full increlora lora lora_mini lorta melora mora nola randlora rora sora vera"
     assert named.split() == METHODS
 
 

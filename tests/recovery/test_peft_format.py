@@ -26,7 +26,10 @@ def shake(parameters: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"method": name, "rank": 4} for name in ("lora", "rora", "dora", "edora", "melora", "nola", "vera")),
+        *(
+            {"method": name, "rank": 4}
+            for name in ("lora", "rora", "dora", "edora", "melora", "nola", "vera", "flat_lora")
+        ),
         {"method": "rora", "rank": 4, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"o_proj": 5}},
         {"method": "randlora", "rank": 5, "pairing": "peft"},
         {"method": "lora_mini", "rank": 4, "a": 8, "b": 8},

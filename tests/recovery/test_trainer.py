@@ -87,7 +87,7 @@ class Stop(KeyboardInterrupt):
     """What Ctrl-C raises."""
 
 
-@pytest.mark.parametrize("method", ["rora", "randlora"])
+@pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -230,7 +230,7 @@ def copy_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return other
 
 
-@pytest.mark.parametrize("method", ["rora", "dora", "randlora"])
+@pytest.mark.parametrize("method", ["rora", "dora", "randlora", "flat_lora"])
 def test_gradient_checkpointing_changes_no_bit(
     method: str,
     tiny_model: LlamaForCausalLM,
@@ -259,6 +259,37 @@ def test_gradient_checkpointing_changes_no_bit(
         assert not model.is_gradient_checkpointing
     assert forwards[1] == 2 * forwards[0]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_flat_loras_noise_reaches_the_passes_and_only_them(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    logs: list[list[dict[str, Any]]] = []
+    for method in ({"method": "lora"}, {"method": "flat_lora", "rho": 0.5}):
+        model, place = copy.deepcopy(tiny_model), tmp_path / method["method"]
+        place.mkdir()
+        config = config_of(adapter=method, learning_rate=1e-9)  # so small that the adapter stays where it began
+        train(model, tiny_tokenizer, SOURCES, config, place)
+        logs.append(lines(place))
+    progress = load_file(tmp_path / "flat_lora" / checkpoints.LAST)["shared.progress"].tolist()
+    assert progress == pytest.approx([len(logs[1]), logs[1][-1]["tokens"] / 1500])
+    moved = [abs(mine["loss"] - theirs["loss"]) for mine, theirs in zip(*logs, strict=True)]
+    assert moved[0] == 0
+    assert max(moved[1:]) > 1e-3
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine.get("validation_loss") == pytest.approx(theirs.get("validation_loss"), abs=1e-5)
+
+
+def test_what_needs_whole_weights_refuses_sharded_ones(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("recovery.parallel.sharded", lambda: True)
+    with pytest.raises(ValueError, match="flat_lora needs whole weights: launch without FSDP"):
+        train(tiny_model, tiny_tokenizer, SOURCES, config_of(adapter={"method": "flat_lora"}), tmp_path)
+    assert not inject.adapted(tiny_model)
 
 
 @pytest.mark.parametrize("method", sorted(adapters.names()))
