@@ -40,7 +40,7 @@ def main() -> None:
 
 def laid_over(base: Any, cell: Any) -> Any:
     """`cell`'s values over `base`'s, mapping by mapping; an adapter is replaced whole."""
-    if not (isinstance(base, dict) and isinstance(cell, dict)) or "method" in cell and "ratio" not in base:
+    if not (isinstance(base, dict) and isinstance(cell, dict)) or ("method" in cell and "ratio" not in base):
         return cell
     return {name: laid_over(base.get(name), cell[name]) if name in cell else base[name] for name in {**base, **cell}}
 

@@ -186,10 +186,14 @@ class SharedPrefixLM(HFLM):
             part = torch.from_numpy(wanted[start : start + LOGITS]).to(self.device)
             with self._autocast():
                 logits = head(hidden[part]).float()
-            normaliser, best = logits.logsumexp(1), logits.argmax(1)
             here = np.flatnonzero((place >= start) & (place < start + LOGITS))
             into, at = torch.from_numpy(here).to(self.device), torch.from_numpy(place[here] - start).to(self.device)
-            scores[into] = logits[at, flat[into]] - normaliser[at]
+            scores[into] = logits[at, flat[into]]
+            # In place: another tensor of this size costs more time than the sum.
+            largest, best = logits.max(1, keepdim=True)
+            normaliser = logits.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
+            best = best[:, 0]
+            scores[into] -= normaliser[at]
             greedy[into] = best[at] == flat[into]
         lengths = [len(part) for part in targets]
         return [

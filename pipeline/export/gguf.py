@@ -152,9 +152,10 @@ def write(model: ModelFolder, out: Path, config: GgufConfig) -> dict[str, Any]:
     return {"file": file.name, "architecture": architecture(model), "fallback": fallback}
 
 
-def check(model: ModelFolder, out: Path, config: GgufConfig) -> dict[str, Any]:
+def check(model: ModelFolder, out: Path, config: GgufConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """llama.cpp on the file against transformers on the folder, both computing in float32."""
-    return checks.with_llama_cpp(model, out / f"model-{config.type}.gguf", exact=config.type in ("f32", "f16", "bf16"))
+    exact = config.type in ("f32", "f16", "bf16")
+    return checks.with_llama_cpp(model, out / f"model-{config.type}.gguf", exact, ids)
 
 
 def interleaved(values: Any, heads: int) -> Any:

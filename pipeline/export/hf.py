@@ -77,10 +77,10 @@ def _write_config(model: ModelFolder, out: Path, padded: LayerShape | None) -> s
     return model.name
 
 
-def check(model: ModelFolder, out: Path, config: HfConfig) -> dict[str, Any]:
+def check(model: ModelFolder, out: Path, config: HfConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """transformers on the folder, in the dtype it is saved in."""
     said = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return checks.with_transformers(model, out, remote="auto_map" in said)
+    return checks.with_transformers(model, out, remote="auto_map" in said, ids=ids)
 
 
 def widest(model: ModelFolder) -> LayerShape:

@@ -65,9 +65,9 @@ def unquantized(model: ModelFolder) -> list[str]:
     return found
 
 
-def check(model: ModelFolder, out: Path, config: QuantizedConfig) -> dict[str, Any]:
+def check(model: ModelFolder, out: Path, config: QuantizedConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """transformers on the folder against the unquantized model: what differs is the rounding."""
-    return checks.with_transformers(model, out, remote=_own(out), exact=False)
+    return checks.with_transformers(model, out, remote=_own(out), exact=False, ids=ids)
 
 
 def is_quantized(folder: Path) -> bool:

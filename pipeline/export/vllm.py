@@ -52,10 +52,10 @@ def write(model: ModelFolder, out: Path, config: VllmConfig) -> dict[str, Any]:
     return {"class": CLASS, "trust_remote_code": True, "vllm": NOT_RUN}
 
 
-def check(model: ModelFolder, out: Path, config: VllmConfig) -> dict[str, Any]:
+def check(model: ModelFolder, out: Path, config: VllmConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """The keys against vLLM's rules, then transformers on the folder."""
     said = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    found = checks.with_transformers(model, out, remote="auto_map" in said)
+    found = checks.with_transformers(model, out, remote="auto_map" in said, ids=ids)
     return {**found, "vllm": NOT_RUN, "tensor_parallel_sizes": parallel_sizes(model)}
 
 

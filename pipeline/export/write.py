@@ -19,9 +19,12 @@ def refuse(model: ModelFolder, config: ExportConfig) -> None:
         raise ConfigError(f"export {config.label}: {reason}")
 
 
-def write(model: ModelFolder, out: Path, config: ExportConfig, lineage: dict[str, Any]) -> dict[str, Any]:
+def write(
+    model: ModelFolder, out: Path, config: ExportConfig, lineage: dict[str, Any], ids: list[int] | None = None
+) -> dict[str, Any]:
     """Write `model` into the folder `out` in the form that `config` asks for, check it, and put the model card and the
-    lineage (`regrow.json`) beside it. Returns what was written and what the check measured.
+    lineage (`regrow.json`) beside it. `ids`: the tokens compared; None: the fixed passage's. Returns what was written
+    and what the check measured.
 
     Raises ConfigError where the format cannot hold the model, StageError where the check fails.
     """
@@ -29,7 +32,7 @@ def write(model: ModelFolder, out: Path, config: ExportConfig, lineage: dict[str
     form = export.load(config.format)
     out.mkdir(parents=True, exist_ok=True)
     written: dict[str, Any] = form.write(model, out, config)
-    checked: dict[str, Any] = form.check(model, out, config)
+    checked: dict[str, Any] = form.check(model, out, config, ids)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     report = {"format": config.label, "written": written, "check": checked, "bytes": size}
     (out / LINEAGE).write_text(json.dumps({**lineage, "export": report}, indent=1), encoding="utf-8")
