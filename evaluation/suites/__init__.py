@@ -24,7 +24,8 @@ class Suite:
     """One benchmark under one protocol.
 
     `identity` names the row fields by which a question is recognised in another file (each by itself, or
-    `identity_joined` as one text); data files are cut in halves by the first one. `fields` gives the row schema.
+    `identity_joined` as one text); data files are cut in halves by the first one. `fields` gives the row schema, `gold`
+    the field that holds the right answer, and the values that it may have (none: one of the row's `choices.label`).
     `fixed_answers`: every question has the same choices, so always giving the most frequent one is a guess too.
     """
 
@@ -32,6 +33,7 @@ class Suite:
     metric: Literal["acc", "acc_norm"]
     identity: tuple[str, ...]
     fields: dict[str, str]
+    gold: dict[str, tuple[str, ...]] = field(default_factory=dict)
     task: str = ""
     folder: str = ""
     hub: str = ""
@@ -78,6 +80,10 @@ def check_rows(suite: Suite, rows: list[dict[str, Any]], place: str) -> None:
             problem = _field_problem(row, name, kind)
             if problem:
                 raise ValueError(f"{place}: row {number}: {problem}; {suite.name} rows have {suite.fields}")
+        for name, values in suite.gold.items():
+            known = [str(value) for value in values or row["choices"]["label"]]
+            if str(row.get(name)) not in known:
+                raise ValueError(f"{place}: row {number}: {name} is {row.get(name)!r}, not one of {', '.join(known)}")
 
 
 def _field_problem(row: dict[str, Any], name: str, kind: str) -> str:

@@ -181,6 +181,8 @@ def test_an_unknown_suite_names_the_nearest():
         ("piqa", {"label": "0"}, "row 2: field 'label' is a str, not int"),
         ("hellaswag", {"endings": ["a", " "]}, "row 2: field 'endings' has an empty choice"),
         ("arc_easy", {"choices": {"text": ["a"], "label": []}}, "needs as many `text` as `label`"),
+        ("arc_easy", {"answerKey": "Z"}, "row 2: answerKey is 'Z', not one of A"),
+        ("piqa", {"label": 2}, "row 2: label is 2, not one of 0, 1"),
     ],
 )
 def test_bad_rows_are_named_by_line_and_field(name: str, change: dict[str, Any], message: str):
