@@ -38,7 +38,7 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
     assert settings is not None
     processes.call({"key": step.key, "scratch": str(workspace.scratch)})
     model, report = adapter_of(runner, step, workspace.scratch)
-    inject.save(model, workspace.out / "adapter", settings.adapter, settings.seed)
+    inject.save(model, workspace.out / "adapter", settings.seed)
     if peft_format.refusal(settings.adapter) is None:  # the same adapter, for other tools
         peft_format.write(model, workspace.out / "peft", str(runner.folder(step)))
     (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())

@@ -14,7 +14,7 @@ Nothing here imports torch before a tensor is made.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -23,6 +23,9 @@ from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+    from transformers import PreTrainedModel
+
+    from recovery.data import Row
 
 
 class AdapterConfig(BaseModel, frozen=True, extra="forbid"):
@@ -84,6 +87,14 @@ class Adapter(Tensors, Generic[C]):
         super().__init__()
         self.config = config
         self.shared = shared
+
+    @classmethod
+    def fit(cls, config: C, model: PreTrainedModel, rows: Iterable[Row], seed: int) -> tuple[C, dict[str, Any]]:
+        """The config to attach with, after a look at the model and the run's rows, and what to report of that.
+
+        Called once before training; what it returns is saved with checkpoints and adapter.
+        """
+        return config, {}
 
     @classmethod
     def share(cls, config: C, layers: list[Layer], seed: int) -> Tensors:

@@ -79,18 +79,18 @@ def attach(model: PreTrainedModel, config: AdapterConfig, seed: int) -> list[str
     """
     if adapted(model):
         raise ValueError("the model has adapters already: merge or detach them first")
-    targets = _targets(model, config)
-    _check_patterns(config, targets)
+    found = targets(model, config)
+    _check_patterns(config, found)
     method: type[Adapter[Any]] = adapters.load(config.method).Method
     size = _head_size(model)
-    layers = [Layer(name, linear.weight, seed_of(seed, name), size) for name, linear in targets.items()]
+    layers = [Layer(name, linear.weight, seed_of(seed, name), size) for name, linear in found.items()]
     shared = method.share(config, layers, seed_of(seed, "shared"))
     holder = Registered(shared, layers[0].weight.device)
     model.requires_grad_(False)
     for layer in layers:
-        linear = targets[layer.name]
+        linear = found[layer.name]
         _replace(model, layer.name, AdaptedLinear(linear, method(config, layer, shared), holder))
-    return list(targets)
+    return list(found)
 
 
 def detach(model: nn.Module) -> None:
@@ -120,10 +120,12 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save(model: nn.Module, folder: Path, config: AdapterConfig, seed: int) -> None:
-    """Write the adapter's two files into `folder`. `config` and `seed` are those it was attached with."""
-    if not adapted(model):
+def save(model: nn.Module, folder: Path, seed: int) -> None:
+    """Write the adapter's two files into `folder`. `seed` is that it was attached with."""
+    layers = adapted(model)
+    if not layers:
         raise ValueError("the model has no adapters to save: attach them first")
+    config: AdapterConfig = next(iter(layers.values())).method.config
     folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
@@ -182,7 +184,7 @@ def _check(model: nn.Module, said: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linear]:
+def targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linear]:
     """The decoder layers' linear modules by their full names, those asked for; lm_head is never among them."""
     blocks: Any = model.get_decoder().layers
     decoder = {id(module) for module in blocks.modules()}

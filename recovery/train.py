@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +24,7 @@ from recovery import adapters, checkpoints, distill, history, inject, parallel
 from recovery.base import Adapter, seed_of
 from recovery.config import RecoveryConfig
 from recovery.data import Row, batches
-from recovery.feed import Sources, feed
+from recovery.feed import Sources, feed, within_budget
 from recovery.history import State
 from recovery.loss import labelled, mean_loss, row_loss
 from recovery.teacher import Teacher, distilled
@@ -50,7 +50,7 @@ def train(
     config, and RuntimeError when the loss is not finite or has risen far above its lowest.
     """
     rows, validation = feed(sources, tokenizer, config)
-    run = _Run(model, config, scratch, validation, progress, teacher)
+    run = _Run(model, config, scratch, within_budget(sources, tokenizer, config), validation, progress, teacher)
     remaining = itertools.islice(rows, run.state.rows, None)
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
@@ -80,6 +80,7 @@ class _Run:
         model: PreTrainedModel,
         config: RecoveryConfig,
         scratch: Path,
+        rows: Iterable[Row],
         validation: list[Row],
         progress: Progress,
         teacher: Teacher | None,
@@ -93,7 +94,12 @@ class _Run:
             )
         self.model, self.config, self.scratch = model, config, scratch
         self.validation, self.progress, self.teacher = validation, progress, teacher
-        self.layers = inject.attach(model, config.adapter, config.seed)
+        before = self._before()
+        if before:
+            adapter, self.fitted = type(config.adapter).model_validate(before["adapter"]), before["fitted"]
+        else:
+            adapter, self.fitted = self.method.fit(config.adapter, model, rows, config.seed)
+        self.layers = inject.attach(model, adapter, config.seed)
         self.within: parallel.Within = lambda function: function()
         if parallel.sharded():
             self.within = parallel.shard(model, inject.registered(model).values())
@@ -103,8 +109,9 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        self.adapter: dict[str, Any] = adapter.model_dump(mode="json")
         self.state, self.loss = State(), math.nan
-        if (scratch / checkpoints.LAST).is_file():
+        if before:
             self._resume()
         if parallel.rank() == 0:
             history.cut(scratch, self.state.step)
@@ -129,7 +136,7 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint from which a stopped run goes on."""
         tensors = {**self._tensors(), **checkpoints.moments(self.optimizer, self.parameters)}
-        described = {"config": self._described(), **asdict(self.state)}
+        described = {"config": self._described(), "adapter": self.adapter, "fitted": self.fitted, **asdict(self.state)}
         checkpoints.write(self.scratch / checkpoints.LAST, tensors, described)
 
     def finish(self) -> dict[str, Any]:
@@ -149,8 +156,9 @@ class _Run:
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
         if parallel.rank() > 0:
             return {}
-        together = {"processes": parallel.processes(), "sharded": parallel.sharded()}
-        return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **together}
+        found = {"processes": parallel.processes(), "sharded": parallel.sharded()}
+        found |= {"fitted": self.fitted} if self.fitted else {}
+        return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **found}
 
     def _update(self, batch: Sequence[Row], rate: float, share: float) -> dict[str, float]:
         """One optimizer step; returns the batch's loss and the terms it is made of."""
@@ -228,11 +236,19 @@ class _Run:
             f"{', best adapter: '.join(good) or 'none yet'}. Lower recovery.learning_rate or the adapter's alpha"
         )
 
+    def _before(self) -> dict[str, Any] | None:
+        """What the checkpoint of a stopped run says, if there is one."""
+        path = self.scratch / checkpoints.LAST
+        said = checkpoints.state_of(path) if path.is_file() else None
+        if said and said["config"] != self._described():
+            raise ValueError(f"{path}: this checkpoint is of a run with another config; remove it to start anew")
+        return {"adapter": self._described()["adapter"], "fitted": {}, **said} if said else None
+
     def _resume(self) -> None:
         path = self.scratch / checkpoints.LAST
         tensors, state = checkpoints.read(path)
-        if state.pop("config") != self._described():
-            raise ValueError(f"{path}: this checkpoint is of a run with another config; remove it to start anew")
+        for name in ("config", "adapter", "fitted"):
+            state.pop(name, None)
         checkpoints.restore(self.optimizer, self.parameters, tensors)
         inject.load_tensors(self.model, tensors, str(path))
         self.state = State(**state)

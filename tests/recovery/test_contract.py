@@ -41,7 +41,7 @@ def ids_for(model: LlamaForCausalLM, length: int = 24) -> torch.Tensor:
 
 
 def test_the_methods_are_found() -> None:
-    named = "dora edora flat_lora full increlora lora lora_mini lorta melora mora nola randlora rora sora vera"
+    named = "dora edora flat_lora full gelora increlora lora lora_mini lorta melora mora nola randlora rora sora vera"
     assert named.split() == METHODS
 
 
@@ -128,7 +128,7 @@ def test_state_round_trip(options: dict[str, Any], tiny_model: LlamaForCausalLM,
     config = config_of(options)
     inject.attach(tiny_model, config, seed=5)
     shake(list(inject.trainable(tiny_model).values()), 0.05)
-    inject.save(tiny_model, tmp_path, config, 5)
+    inject.save(tiny_model, tmp_path, 5)
     inject.attach_saved(other, tmp_path)
     assert torch.equal(other(ids).logits, tiny_model(ids).logits)
     stored = load_file(tmp_path / inject.WEIGHTS)

@@ -28,7 +28,7 @@ def shake(parameters: Any) -> None:
     [
         *(
             {"method": name, "rank": 4}
-            for name in ("lora", "rora", "dora", "edora", "melora", "nola", "vera", "flat_lora")
+            for name in ("lora", "rora", "dora", "edora", "melora", "nola", "vera", "flat_lora", "gelora")
         ),
         {"method": "rora", "rank": 4, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"o_proj": 5}},
         {"method": "randlora", "rank": 5, "pairing": "peft"},

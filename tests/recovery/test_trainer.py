@@ -87,7 +87,7 @@ class Stop(KeyboardInterrupt):
     """What Ctrl-C raises."""
 
 
-@pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora"])
+@pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora", "gelora"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -360,7 +360,7 @@ def test_shared_parameters_kept_tensors_and_hooks(
     assert float(parameters["model.layers.1.mlp.up_proj.B"].abs().max().detach()) == pytest.approx(0.002)
     last = load_file(tmp_path / checkpoints.LAST)
     assert float(last["model.layers.0.mlp.up_proj.steps"]) == report["steps"]
-    inject.save(tiny_model, tmp_path / "adapter", config.adapter, config.seed)
+    inject.save(tiny_model, tmp_path / "adapter", config.seed)
     inject.attach_saved(other, tmp_path / "adapter")
     ids = torch.tensor([[1, 40, 50, 60]])
     assert torch.equal(other(ids).logits, tiny_model(ids).logits)
