@@ -9,8 +9,9 @@ gradient flows through E's size. Scores, held-out losses and the saved adapter a
 Ours: numbers follow from the run's seed, the layer and the step, so that a resumed run draws the same (the original
 seeds the global generator by the clock); t is the share of the tokens; W + E is formed once a step in W's dtype beside
 W, which never changes, at the cost of one copy of the adapted weights while a step lasts (the original adds E to W and
-subtracts it again, which leaves rounding behind in 16 bits). Noise is drawn where the weight lies: a GPU draws other
-numbers than a CPU. Weights that are sharded over processes are refused.
+subtracts it again, which leaves rounding behind in 16 bits). Every step draws one number for
+every adapted weight, which on a CPU takes a good part of a small step's time, and draws it where the weight lies: a GPU
+draws other numbers than a CPU. Weights that are sharded over processes are refused.
 """
 
 from __future__ import annotations
