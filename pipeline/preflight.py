@@ -26,6 +26,8 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         if config.calibration:
             rows.texts(sources, config.calibration)
         check_pruning(config, sources)
+    if "recover" in stages:
+        check_base(config)
     if stages & {"teacher", "recover", "merge"}:
         for index, part in enumerate(config.data):
             if not _train_texts(sources, part):
@@ -83,6 +85,16 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
         foresee(said, config.pruning)
     except ValueError as error:
         raise ConfigError(f"pruning.{error}") from error
+
+
+def check_base(config: RunConfig) -> None:
+    """Refuse a quantized base that cannot be had here."""
+    assert config.recovery is not None
+    if config.recovery.quantized_base:
+        from recovery.quantized import refusal
+
+        if reason := refusal():
+            raise ConfigError(f"recovery.quantized_base: {config.recovery.quantized_base} {reason}")
 
 
 def check_leaks(config: RunConfig, sources: Sources) -> None:

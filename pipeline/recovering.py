@@ -49,7 +49,8 @@ def adapter_of(runner: "Runner", step: Step, scratch: Path) -> tuple[PreTrainedM
     """This process's part of the training of a step: the model with its adapter, and the report."""
     settings = runner.config.recovery
     assert settings is not None
-    model, tokenizer = runner.load(runner.folder(step), place="cpu" if parallel.sharded() else None)
+    later = parallel.sharded() or settings.quantized_base  # split or packed first, then moved
+    model, tokenizer = runner.load(runner.folder(step), place="cpu" if later else None)
     teacher: Teacher | None = None
     if settings.distillation:
         if settings.distillation.cache:
@@ -58,7 +59,8 @@ def adapter_of(runner: "Runner", step: Step, scratch: Path) -> tuple[PreTrainedM
             dense, _ = runner.load(runner.dense_folder())
             distill.check(model, dense, settings.distillation)
             teacher = Live(dense, settings.distillation)
-    return model, train(model, tokenizer, _examples(runner), settings, scratch, runner.progress, teacher)
+    examples, device = _examples(runner), runner.device()
+    return model, train(model, tokenizer, examples, settings, scratch, runner.progress, teacher, device)
 
 
 def _examples(runner: "Runner") -> list[tuple[float, list[Example]]]:

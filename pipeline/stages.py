@@ -80,12 +80,16 @@ class Runner:
         assert self.config.adapter is not None
         return self.sources.adapter(self.config.adapter)
 
+    def device(self) -> str:
+        """Where the run computes."""
+        return device(self.config.runtime.device)
+
     def load(
         self, folder: Path, placement: Placement = "whole", place: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A folder's model, in the run's dtype and on its device (or `place`), and tokenizer."""
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        where = place or device(self.config.runtime.device)
+        where = place or self.device()
         if quantized.is_quantized(folder):
             return quantized.load(folder, where), checkpoint.load_tokenizer(folder)
         model = checkpoint.load(folder, dtype, where, placement)

@@ -41,6 +41,10 @@ class AdapterConfig(BaseModel, frozen=True, extra="forbid"):
         """Options that speak of some layers only, and the patterns they give; each must fit an adapted layer."""
         return {}
 
+    def few_bits_refusal(self) -> str | None:
+        """Why a base of few bits (`recovery.quantized`) is of no use to this method, or None."""
+        return None
+
 
 C = TypeVar("C", bound=AdapterConfig)
 N = TypeVar("N", int, float)

@@ -1,6 +1,7 @@
 """What the trainer is told. Data sources are the caller's.
 
-All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is part of a result's key.
+All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is part of a result's key;
+`quantized_base` where it is set.
 """
 
 import difflib
@@ -52,6 +53,11 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
     """
 
     adapter: SerializeAsAny[AdapterConfig]
+    quantized_base: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,  # what was trained before it could be asked for keeps its key
+        description="keep the base's weights in 4 or 8 bits while training; null: in the model's dtype",
+    )
     tokens: int = Field(ge=1, description="training tokens, prompts included; never exceeded")
     loss: Literal["response", "full"] = Field(default="response", description="which tokens are learned")
     learning_rate: float = Field(default=5e-4, gt=0, lt=1, description="the highest, reached after the warm-up")
@@ -81,6 +87,12 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"no adapter is called {name!r}{hint}; there are {', '.join(known)}")
         return adapters.load(name).Config.model_validate(value)
+
+    @model_validator(mode="after")
+    def _served(self) -> "RecoveryConfig":
+        if self.quantized_base and (reason := self.adapter.few_bits_refusal()):
+            raise ValueError(f"quantized_base: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _whole_rows(self) -> "RecoveryConfig":

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recovery.inject import adapted, detach
+from recovery.quantized import FewBits
 
 
 @torch.no_grad()
@@ -15,11 +16,14 @@ def merge(model: PreTrainedModel, input_ids: Tensor | None = None) -> tuple[PreT
     """Put every adapter into its layer's weight and take it off, in place.
 
     With `input_ids` [rows, length], also the largest absolute difference between the logits before (adapters live)
-    and after, which is rounding to the weights' dtype. Raises ValueError where nothing is attached, as after a merge.
+    and after, which is rounding to the weights' dtype. Raises ValueError where nothing is attached, as after a merge,
+    and where weights are of few bits: what is merged into those would be rounded twice.
     """
     layers = adapted(model)
     if not layers:
         raise ValueError("no adapters are attached: they were merged already, or never loaded")
+    if any(isinstance(module.linear.weight, FewBits) for module in layers.values()):
+        raise ValueError("weights of few bits are not merged into: save the adapter, attach it to the full weights")
     model.eval()
     before = None if input_ids is None else _logits(model, input_ids)
     for module in layers.values():

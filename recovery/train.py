@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recovery import adapters, checkpoints, distill, history, inject, parallel
+from recovery import adapters, checkpoints, distill, history, inject, parallel, quantized
 from recovery.base import Adapter, seed_of
 from recovery.config import RecoveryConfig
 from recovery.data import Row, batches
@@ -40,17 +40,19 @@ def train(
     scratch: Path,
     progress: Progress = lambda done, total, note: None,
     teacher: Teacher | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Attach `config.adapter` and train it on the weighted sources; leaves the best adapter attached, in eval mode.
 
     Best means the lowest held-out loss, or the last step where nothing is held out. Resumes from a checkpoint in
     `scratch`, and writes `log.jsonl` (one line a step) there. `progress` gets tokens fed, tokens in all, and a note
     with loss, speed and time left. `teacher` says what the dense model would, where `config.distillation` asks for it.
-    Returns a report (`history.report`). Raises ValueError for data without a token to learn or a checkpoint of another
-    config, and RuntimeError when the loss is not finite or has risen far above its lowest.
+    A base that is to be quantized goes to `device` in few bits, layer by layer. Returns a report (`history.report`).
+    Raises ValueError for data without a token to learn, a checkpoint of another config or a base that cannot be
+    quantized here, and RuntimeError when the loss is not finite or has risen far above its lowest.
     """
     rows, validation = feed(sources, tokenizer, config)
-    run = _Run(model, config, scratch, within_budget(sources, tokenizer, config), validation, progress, teacher)
+    run = _Run(model, config, scratch, within_budget(sources, tokenizer, config), validation, progress, teacher, device)
     remaining = itertools.islice(rows, run.state.rows, None)
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
@@ -84,6 +86,7 @@ class _Run:
         validation: list[Row],
         progress: Progress,
         teacher: Teacher | None,
+        device: str | None,
     ) -> None:
         if config.distillation and teacher is None:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
@@ -100,6 +103,7 @@ class _Run:
         else:
             adapter, self.fitted = self.method.fit(config.adapter, model, rows, config.seed)
         self.layers = inject.attach(model, adapter, config.seed)
+        self.base = quantized.quantize(model, config.quantized_base, device) if config.quantized_base else None
         self.within: parallel.Within = lambda function: function()
         if parallel.sharded():
             self.within = parallel.shard(model, inject.registered(model).values())
@@ -156,7 +160,7 @@ class _Run:
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
         if parallel.rank() > 0:
             return {}
-        found = {"processes": parallel.processes(), "sharded": parallel.sharded()}
+        found = {"processes": parallel.processes(), "sharded": parallel.sharded(), "quantized_base": self.base}
         found |= {"fitted": self.fitted} if self.fitted else {}
         return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **found}
 

@@ -38,6 +38,9 @@ class Config(lora.LowRankConfig, frozen=True):
     method: Literal["flat_lora"] = "flat_lora"
     rho: float = Field(default=0.05, gt=0, lt=1, description="noise at the end, as a share of each row's norm")
 
+    def few_bits_refusal(self) -> str | None:
+        return "flat_lora keeps a full copy of the weights while a step lasts; take another method"
+
 
 class Method(lora.Method[Config]):
     """LoRA's A and B on a frozen weight that trembles while a step lasts."""

@@ -23,7 +23,7 @@ weight M = dy^T x (transposed when in > out) is summed over them and brought to 
 T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
 3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
 weights, and one of their gradients where there are several micro-batches. Not fused, all but lambda and gamma is
-computed again in the backward pass instead of kept; weights that are sharded, as by FSDP, need that.
+computed again in the backward pass instead of kept; weights that are sharded, as by FSDP, or of few bits need that.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class Config(AdapterConfig, frozen=True):
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; null is 2 rank, the paper's")
     pairing: Literal["paper", "peft"] = Field(default="paper", description="which scale meets which basis column")
     fused: bool = Field(default=True, description="multiply by merged weights; false: sharded weights, less memory")
+
+    def few_bits_refusal(self) -> str | None:
+        return "randlora keeps a full copy of merged weights; set its `fused` to false" if self.fused else None
 
 
 class Method(Adapter[Config]):
