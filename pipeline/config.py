@@ -191,6 +191,7 @@ class RuntimeConfig(Section):
     placement: Literal["whole", "spread", "offload"] = "whole"
     threads: int | None = Field(default=None, ge=1)
     evaluation_tokens: int | None = Field(default=None, ge=1)  # of one forward pass in scoring; None: by device
+    tensorboard: bool = False  # recovery's log as TensorBoard's events, in runs/NAME/tensorboard
 
 
 class RunConfig(BaseModel):

@@ -1,14 +1,15 @@
 """The stages that train: `teacher` asks the dense model about the training rows once, `recover` trains on them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from pipeline import processes, rows
+from pipeline import events, processes, rows
 from pipeline.steps import Step
 from pipeline.store import Workspace
-from recovery import distill, inject, parallel, peft_format
+from recovery import distill, history, inject, parallel, peft_format
 from recovery.data import Example
 from recovery.feed import within_budget
 from recovery.teacher import Kept, Live, Teacher, keep
@@ -37,11 +38,16 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
     settings = runner.config.recovery
     assert settings is not None
     processes.call({"key": step.key, "scratch": str(workspace.scratch)})
-    model, report = adapter_of(runner, step, workspace.scratch)
+    log = workspace.scratch / history.LOG
+    told: AbstractContextManager[Any] = nullcontext(runner.progress)
+    if runner.shown and runner.config.runtime.tensorboard:
+        told = events.following(log, events.folder_of(runner.shown, step.key), runner.progress)
+    with told as runner.progress:
+        model, report = adapter_of(runner, step, workspace.scratch)
     inject.save(model, workspace.out / "adapter", settings.seed)
     if peft_format.refusal(settings.adapter) is None:  # the same adapter, for other tools
         peft_format.write(model, workspace.out / "peft", str(runner.folder(step)))
-    (workspace.out / "log.jsonl").write_bytes((workspace.scratch / "log.jsonl").read_bytes())
+    (workspace.out / history.LOG).write_bytes(log.read_bytes())
     return {"report": report}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline import preflight, processes, provenance, report
+from pipeline import events, preflight, processes, provenance, report
 from pipeline.config import RunConfig
 from pipeline.console import Reporter
 from pipeline.errors import RegrowError, StageError
@@ -20,7 +20,7 @@ from pipeline.sources import Sources
 from pipeline.steps import Step, steps_of
 from pipeline.store import Store, Workspace, write_text
 from pruning import criteria
-from recovery import adapters
+from recovery import adapters, history
 
 if TYPE_CHECKING:
     from pipeline.stages import Runner
@@ -67,6 +67,8 @@ def _help(run: Run) -> None:
 
 
 def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
+    if run.config.runtime.tensorboard:
+        events.check()
     sources = run.sources()
     steps = until(steps_of(run.config, sources), last)
     planned = plan(steps, run.store, run.folder, force)
@@ -78,6 +80,7 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
         statuses |= _build(run, missing, sources)
     results = report.collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
+    _write_events(run, steps, statuses)
     run.store.keep(run.folder, _used(steps, sources))
     return results
 
@@ -88,7 +91,7 @@ def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]
     prepare(run.config.runtime)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.store.keep(run.folder, _used([item.step for item in missing], sources))  # before `gc` could take them
-    runner = Runner(run.config, sources, run.store)
+    runner = Runner(run.config, sources, run.store, shown=run.folder)
     statuses: dict[str, str] = {}
     for item in missing:
         step = item.step
@@ -138,6 +141,14 @@ def _warn_of_drift(run: Run, planned: list[Planned]) -> None:
             if change not in seen:
                 seen.add(change)
                 run.reporter.warn(f"{item.step.label} was built by other code ({change}); --force rebuilds it")
+
+
+def _write_events(run: Run, steps: list[Step], statuses: dict[str, str]) -> None:
+    """TensorBoard's events of training that was not done now: where it was, they are there."""
+    for step in steps:
+        if run.config.runtime.tensorboard and step.stage == "recover" and statuses[step.label] == "cached":
+            log = run.store.folder(step.stage, step.key) / history.LOG
+            events.of_log(log, events.folder_of(run.folder, step.key))
 
 
 def _write_folder(run: Run, steps: list[Step], results: report.Results) -> None:

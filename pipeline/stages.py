@@ -45,6 +45,7 @@ class Runner:
     store: Store
     progress: Progress = lambda done, total, note: None
     fresh: bool = False  # take nothing from results of other keys
+    shown: Path | None = None  # the run's folder, for what is shown while work goes on
     _loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = field(default=None, init=False)
 
     def build(self, step: Step, workspace: Workspace) -> dict[str, Any]:
