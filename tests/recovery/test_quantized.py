@@ -189,6 +189,19 @@ def test_a_run_trains_on_rounded_weights_and_merges_into_full_ones(
         torch.testing.assert_close(linear.weight.data, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_gradient_checkpointing_changes_no_bit(
+    tiny_config: LlamaConfig, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    found = []
+    for on in (False, True):
+        model, place = wide(tiny_config).bfloat16(), tmp_path / str(on)
+        place.mkdir()
+        config = settings(quantized_base="nf4", tokens=600, gradient_checkpointing=on, adapter={"method": "dora"})
+        train(model, tiny_tokenizer, SOURCES, config, place)
+        found.append(inject.trainable(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_model_moves_packed(tiny_config: LlamaConfig) -> None:
     model = wide(tiny_config)
     inject.attach(model, adapter("dora", targets=("q_proj",)), seed=0)
