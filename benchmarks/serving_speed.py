@@ -2,8 +2,8 @@
 
     python benchmarks/serving_speed.py DENSE PRUNED ... [--type q8_0] [--prompt 512] [--new 64] [--repeats 5]
 
-Every argument is a model folder. transformers reads it in its own dtype; llama.cpp a GGUF file of `--type` that is
-written for the occasion. The order is reversed with every repeat; the fastest repeat counts. The first round warms up.
+Every argument is a model folder. transformers reads it in `--dtype`; llama.cpp a GGUF file of `--type` that is written
+for the occasion. The order is reversed with every repeat; the fastest repeat counts. The first round warms up.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--type", default="q8_0", help="of the GGUF files")
+    parser.add_argument("--dtype", default="float32", help="in transformers")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -37,10 +38,11 @@ def main() -> None:
     print(f"prompt {options.prompt}, {options.new} new tokens, one row, {options.threads} threads\n")
     print("| tool | model | prompt tokens/s | of the first | new tokens/s | of the first |")
     print("|---|---|---:|---:|---:|---:|")
-    loaded = {name: checkpoint.load(path) for name, path in folders.items()}
+    dtype = getattr(torch, options.dtype)
+    loaded = {name: checkpoint.load(path, dtype=dtype) for name, path in folders.items()}
     measured = speed.measure(loaded, options.prompt, options.new, repeats=options.repeats)
     rows = {name: (one.prefill_tokens_per_second, one.decode_tokens_per_second) for name, one in measured.items()}
-    show(f"transformers, {next(iter(loaded.values())).dtype}", rows)
+    show(f"transformers, {options.dtype}", rows)
     loaded.clear()
     show(f"llama.cpp, {options.type}", in_llama_cpp(folders, options))
 
@@ -52,7 +54,7 @@ def in_llama_cpp(folders: dict[str, Path], options: argparse.Namespace) -> dict[
         for name, path in folders.items():
             out = Path(scratch) / str(len(servers))
             out.mkdir()
-            config = GgufConfig(type=options.type)
+            config = GgufConfig(format="gguf", type=options.type)
             gguf.write(ModelFolder(path), out, config)
             servers[name] = serve(next(out.glob("*.gguf")), options)
         best = dict.fromkeys(folders, (0.0, 0.0))
