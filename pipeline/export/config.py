@@ -20,6 +20,11 @@ class Section(BaseModel):
         """The export's name: of its step, its folder and its file."""
         return str(getattr(self, "format"))  # noqa: B009 - the subclasses define it
 
+    @property
+    def package(self) -> str | None:
+        """The package that writes or checks it and that regrow does without otherwise."""
+        return None
+
 
 class HfConfig(Section):
     """A Hugging Face folder. `pad`: layers of different widths are padded with zeros to the widest, so that a stock
@@ -43,6 +48,10 @@ class GgufConfig(Section):
     def label(self) -> str:
         return f"gguf-{self.type}"
 
+    @property
+    def package(self) -> str:
+        return "xllamacpp"
+
 
 class VllmConfig(Section):
     """A folder that vLLM's stock classes load: as it is where layers are equal, DeciLM's block_configs otherwise."""
@@ -55,6 +64,10 @@ class PeftConfig(Section):
 
     format: Literal["peft"]
 
+    @property
+    def package(self) -> str:
+        return "peft"
+
 
 class QuantizedConfig(Section):
     """Weights of 8 or 4 bits in a Hugging Face folder: bitsandbytes' nf4 or int8, torchao's weight-only int8."""
@@ -65,6 +78,10 @@ class QuantizedConfig(Section):
     @property
     def label(self) -> str:
         return f"quantized-{self.scheme}"
+
+    @property
+    def package(self) -> str:
+        return "torchao" if self.scheme == "torchao_int8" else "bitsandbytes"
 
 
 def _spelled(value: object) -> object:

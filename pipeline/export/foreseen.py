@@ -8,6 +8,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.export.config import ExportConfig, GgufConfig, HfConfig, VllmConfig
 from pipeline.export.model_folder import ModelFolder
+from pipeline.export.write import check_package
 from pipeline.sources import Sources
 
 OWN = "RegrowForCausalLM"
@@ -42,7 +43,9 @@ def targets(config: RunConfig, sources: Sources) -> dict[str, str]:
 
 
 def refuse(config: RunConfig, sources: Sources) -> None:
-    """Raise ConfigError for an export that the planned shapes already rule out."""
+    """Raise ConfigError for an export that a missing package or the planned shapes already rule out."""
+    for wanted in config.export:
+        check_package(wanted)
     folder = sources.model_folder(config.model.source)
     said = sources.model_config(config.model.source)
     if said is None:

@@ -10,14 +10,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
 from pipeline.export import check as checks
 from pipeline.export.config import QuantizedConfig
 from pipeline.export.model_folder import ModelFolder
 
 VERSION = 1
 BLOCK, ROWS = 64, 32  # nf4: weights that share a scale; rows that its CPU kernel packs together
-PACKAGE = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
 
 
 def refusal(model: ModelFolder, config: QuantizedConfig) -> str | None:
@@ -105,13 +103,9 @@ def _settings(scheme: str, kept: list[str]) -> Any:
     import torch
     import transformers
 
-    try:
-        if scheme == "torchao_int8":
-            torchao: Any = importlib.import_module("torchao.quantization")
-            return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
-        importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ConfigError(f"quantized:{scheme} needs {PACKAGE[scheme]}; pip install 'regrow[export]'") from error
+    if scheme == "torchao_int8":
+        torchao: Any = importlib.import_module("torchao.quantization")
+        return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
     if scheme == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

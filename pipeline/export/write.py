@@ -1,5 +1,6 @@
 """One export: refuse or write, prove, describe."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ from pipeline.export.lineage import LINEAGE
 from pipeline.export.model_folder import ModelFolder
 
 
+def check_package(config: ExportConfig) -> None:
+    """Raise ConfigError where the package that an export needs is not installed."""
+    if config.package and importlib.util.find_spec(config.package) is None:
+        remedy = config.package if config.package == "torchao" else "'regrow[export]'"
+        raise ConfigError(f"export {config.label}: needs {config.package}: pip install {remedy}")
+
+
 def refuse(model: ModelFolder, config: ExportConfig) -> None:
-    """Raise ConfigError where there is no LLaMA-like model, or the format cannot hold it, with the reason."""
+    """Raise ConfigError where a package is missing, there is no LLaMA-like model, or the format cannot hold it."""
+    check_package(config)
     _ = model.said
     if reason := export.load(config.format).refusal(model, config):
         raise ConfigError(f"export {config.label}: {reason}")

@@ -1,5 +1,6 @@
 """`regrow export`: the cached stage of a config, and any model folder."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_what_cannot_be_asked_is_told_before_any_work(world: Path, words: tuple[
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (world / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "remedy"),
+    [("gguf", "xllamacpp: pip install 'regrow[export]'"), ("quantized:torchao_int8", "torchao: pip install torchao")],
+)
+def test_a_missing_package_is_told_before_any_work(
+    world: Path, monkeypatch: pytest.MonkeyPatch, form: str, remedy: str
+):
+    found = importlib.util.find_spec
+    absent = ("xllamacpp", "torchao")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else found(name, *more))
+    result = regrow("export", "run.yaml", "--format", form)
+    assert result.exit_code == 2
+    assert f"needs {remedy}" in result.stderr
+    assert not list((world / "store").glob("[!.]*"))  # no stage was built
 
 
 def test_contradictions_in_the_config_are_named(world: Path):
