@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipeline.errors import SourceError
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+# No pickles, no code; the last three for the licence that the model card carries on.
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 DATA_FILES = (".json", ".jsonl", ".parquet")
 
 

@@ -86,6 +86,38 @@ def test_a_run_exports_scores_and_caches(world: Path):
     assert "is there already" in there.stderr
 
 
+def test_a_gguf_file_is_a_source_like_the_folder_it_was_made_of(world: Path):
+    config = yaml.safe_load((world / "run.yaml").read_text())
+    folder = config["model"]["source"].removeprefix("path:")
+    done = regrow("export", "--model", folder, "--format", "gguf:f32", "-o", "file")
+    assert done.exit_code == 0, done.output
+    del config["pruning"], config["recovery"], config["export"]
+    scores: list[float] = []
+    for source in (folder, world / "file/model-f32.gguf"):
+        config["model"]["source"] = f"path:{source}"
+        (world / "score.yaml").write_text(yaml.safe_dump(config))
+        found = regrow("run", "score.yaml", "--json")
+        assert found.exit_code == 0, found.output
+        scores.append(json.loads(found.stdout)["models"]["dense"]["perplexity"]["text"])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+def test_a_model_that_was_pruned_before_is_recovered_without_pruning(world: Path):
+    config = yaml.safe_load((world / "run.yaml").read_text())
+    config["pruning"] |= {"shape": "free", "protect": {"first": 1, "last": 0}}
+    (world / "prune.yaml").write_text(yaml.safe_dump({**config, "name": "first", "export": []}))
+    assert regrow("run", "prune.yaml", "--until", "prune").exit_code == 0
+    del config["pruning"]
+    config |= {"model": {"source": "path:runs/first/artifacts/prune/model", "dtype": "float32"}, "export": ["hf"]}
+    (world / "recover.yaml").write_text(yaml.safe_dump(config))
+    done = regrow("run", "recover.yaml", "--json")
+    assert done.exit_code == 0, done.output
+    models = json.loads(done.stdout)["models"]
+    assert list(models) == ["dense", "recovered"]
+    assert models["recovered"]["parameters"] == models["dense"]["parameters"]
+    assert models["recovered"]["perplexity"]["text"] < models["dense"]["perplexity"]["text"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
