@@ -39,8 +39,8 @@ def main() -> None:
 
 
 def laid_over(base: Any, cell: Any) -> Any:
-    """`cell`'s values over `base`'s, mapping by mapping; an adapter is replaced whole."""
-    if not (isinstance(base, dict) and isinstance(cell, dict)) or ("method" in cell and "ratio" not in base):
+    """`cell`'s values over `base`'s, mapping by mapping."""
+    if not (isinstance(base, dict) and isinstance(cell, dict)):
         return cell
     return {name: laid_over(base.get(name), cell[name]) if name in cell else base[name] for name in {**base, **cell}}
 
@@ -61,12 +61,13 @@ def table(cells: list[dict[str, Any]]) -> str:
     """Markdown, a line a label: mean over seeds ± standard deviation where there are several."""
     lines = [
         "| | seeds | trainable | tokens | validation loss | WikiText-2 perplexity | gold log-probability "
-        "| " + ", ".join(METRIC) + " | tokens/s |",
-        "|---|" + "---:|" * 8,
+        "| " + ", ".join(METRIC) + " |",
+        "|---|" + "---:|" * 7,
     ]
     if cells:
-        for name in list(cells[-1]["models"])[:-1]:
-            lines.append(_line(name, [cells[-1]], name))
+        fullest = max(cells, key=lambda cell: len(cell["models"]))  # a run without pruning has no pruned model
+        for name in list(fullest["models"])[:-1]:
+            lines.append(_line(name, [fullest], name))
     for label in dict.fromkeys(cell["label"] for cell in cells):
         lines.append(_line(label, [cell for cell in cells if cell["label"] == label]))
     return "\n".join(lines)
@@ -86,7 +87,6 @@ def _line(label: str, cells: list[dict[str, Any]], model: str | None = None) -> 
         _spread([found["perplexity"]["wikitext2"] for found in models], 1),
         _spread([found["gold_logprob"] for found in models], 2),
         _spread(accuracy, 3),
-        "" if model else f"{numbers.mean(report['tokens_per_second'] for report in reports):.0f}",
     ]  # fmt: skip
     return "| " + " | ".join(parts) + " |"
 
