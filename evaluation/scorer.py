@@ -190,9 +190,8 @@ class SharedPrefixLM(HFLM):
             into, at = torch.from_numpy(here).to(self.device), torch.from_numpy(place[here] - start).to(self.device)
             scores[into] = logits[at, flat[into]]
             # In place: another tensor of this size costs more time than the sum.
-            largest, best = logits.max(1, keepdim=True)
-            normaliser = logits.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
-            best = best[:, 0]
+            largest, best = logits.max(1)
+            normaliser = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
             scores[into] -= normaliser[at]
             greedy[into] = best[at] == flat[into]
         lengths = [len(part) for part in targets]

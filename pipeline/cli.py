@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__, evaluation_commands, format_commands
+from pipeline import __version__, command_options, evaluation_commands, format_commands
 from pipeline.errors import RegrowError
 
 STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate", "export")
@@ -37,32 +37,13 @@ def _options(command: Command) -> Command:
     for option in reversed(
         (
             click.argument("config", type=click.Path(path_type=Path)),
-            click.option(
-                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML)."
-            ),
-            _store_option,
-            click.option(
-                "--runs",
-                type=click.Path(path_type=Path),
-                default=Path("runs"),
-                show_default=True,
-                help="Where run folders go.",
-            ),
+            command_options.overrides,
+            command_options.store,
+            command_options.runs,
         )
     ):
         command = option(command)
     return command
-
-
-_store_option = click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    default=Path("store"),
-    show_default=True,
-    envvar="REGROW_STORE",
-    help="Where results are cached.",
-)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,7 +104,7 @@ def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> 
 @_options
 @click.option("--until", "last", type=click.Choice(STAGES), help="Stop after this stage.")
 @click.option("--force", type=click.Choice(STAGES), help="Rebuild this stage and what rests on it.")
-@_json_option
+@command_options.as_json
 def run_command(last: str | None, force: str | None, **options: Any) -> None:
     """Run a config: build what is missing, show the table."""
     _run(last=last, force=force, **options)
@@ -133,7 +114,7 @@ def _stage_command(stage: str, help_text: str) -> None:
     @main.command(stage, help=help_text)
     @_options
     @click.option("--force", is_flag=True, help="Rebuild this stage.")
-    @_json_option
+    @command_options.as_json
     def command(force: bool, **options: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         _run(last=stage, force=stage if force else None, **options)
 
@@ -147,7 +128,7 @@ format_commands.add(main, _run)
 
 @main.command("plan")
 @_options
-@_json_option
+@command_options.as_json
 def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Path, as_json: bool) -> None:
     """Show what a run would build and what is cached, and why."""
     from pipeline.console import out
@@ -180,8 +161,8 @@ def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Pa
 
 @main.command("report")
 @click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML).")
-@_store_option
+@command_options.overrides
+@command_options.store
 @click.option("--format", "form", type=click.Choice(["md", "json"]), default="md", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here instead of stdout.")
 def report_command(
@@ -206,7 +187,7 @@ def report_command(
 
 
 @main.command("methods")
-@_json_option
+@command_options.as_json
 def methods_command(as_json: bool) -> None:
     """List criteria, adapters and suites with one line each."""
     from evaluation import suites
@@ -232,7 +213,7 @@ def methods_command(as_json: bool) -> None:
 
 @main.command("show")
 @click.argument("key")
-@_store_option
+@command_options.store
 def show_command(key: str, store: Path) -> None:
     """Print an artifact's manifest: what made it, from what, and its files."""
     from pipeline.store import Store
@@ -243,7 +224,7 @@ def show_command(key: str, store: Path) -> None:
 
 @main.command("verify")
 @click.argument("key", required=False)
-@_store_option
+@command_options.store
 def verify_command(key: str | None, store: Path) -> None:
     """Check the files of one artifact, or of all, against their manifests."""
     from pipeline.store import Store
@@ -262,7 +243,7 @@ def verify_command(key: str | None, store: Path) -> None:
 
 @main.command("gc")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@_store_option
+@command_options.store
 def gc_command(dry_run: bool, store: Path) -> None:
     """Remove what no run folder uses any more, and what dead processes left behind."""
     from pipeline.store import Store

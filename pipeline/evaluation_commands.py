@@ -10,6 +10,7 @@ import click
 
 from evaluation import suites
 from evaluation.items import ITEMS
+from pipeline import command_options
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.store import MANIFEST, Store
 
@@ -19,10 +20,6 @@ Scores = dict[str, Path]  # where the items of each suite lie
 
 def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., None]) -> None:
     """Add both commands. `run_config` runs a config up to a stage, `show` prints a run's results."""
-    store = click.option(
-        "--store", type=click.Path(path_type=Path), default=Path("store"), show_default=True, envvar="REGROW_STORE"
-    )
-    as_json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 
     @main.command("evaluate")
     @click.argument("model", metavar="MODEL|CONFIG")
@@ -33,11 +30,11 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
     @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
     @click.option("--bos/--no-bos", default=None, help="Begin with BOS or not. [default: the tokenizer's rule]")
     @click.option("--device", default="auto", show_default=True)
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML).")
+    @command_options.overrides
     @click.option("--force", is_flag=True, help="Score again what is cached.")
-    @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
-    @store
-    @as_json_option
+    @command_options.runs
+    @command_options.store
+    @command_options.as_json
     def evaluate(  # pyright: ignore[reportUnusedFunction]
         model: str, named: tuple[str, ...], limit: int | None, dtype: str, bos: bool | None, device: str,
         overrides: tuple[str, ...], force: bool, runs: Path, store: Path, as_json: bool,
@@ -71,8 +68,8 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
     @click.option("--threads", type=click.IntRange(1))
     @dtype
     @device
-    @store
-    @as_json_option
+    @command_options.store
+    @command_options.as_json
     def speed(names: tuple[str, ...], store: Path, as_json: bool, **settings: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         """Measure models in turn: prefill and decode tokens/s, latency, memory, parameters, multiply-adds."""
         from pipeline import side_by_side
@@ -86,8 +83,8 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
     @click.option("--new", type=click.IntRange(1), default=48, show_default=True, help="Tokens to generate.")
     @dtype
     @device
-    @store
-    @as_json_option
+    @command_options.store
+    @command_options.as_json
     def sample(names: tuple[str, ...], store: Path, as_json: bool, **settings: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         """Texts of models side by side, and how much they repeat themselves."""
         from pipeline import side_by_side
@@ -104,8 +101,8 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
     @main.command("compare")
     @click.argument("first", metavar="A")
     @click.argument("second", metavar="B")
-    @store
-    @as_json_option
+    @command_options.store
+    @command_options.as_json
     def compare(first: str, second: str, store: Path, as_json: bool) -> None:  # pyright: ignore[reportUnusedFunction]
         """Compare B with A on the items both were scored on.
 

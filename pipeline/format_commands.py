@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipeline import command_options
 from pipeline.errors import ConfigError
 
 
@@ -30,20 +31,11 @@ def add(main: click.Group, run_config: Callable[..., None]) -> None:
     )
     @click.option("--adapter", type=click.Path(path_type=Path), help="With --model: the adapter folder for peft.")
     @click.option("-o", "--output", type=click.Path(path_type=Path), help="With --model: where it goes.")
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key (YAML).")
-    @click.option(
-        "--store",
-        type=click.Path(path_type=Path),
-        default=Path("store"),
-        show_default=True,
-        envvar="REGROW_STORE",
-        help="Where results are cached.",
-    )
-    @click.option(
-        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go."
-    )
+    @command_options.overrides
+    @command_options.store
+    @command_options.runs
     @click.option("--force", is_flag=True, help="Rebuild this stage.")
-    @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
+    @command_options.as_json
     def export(  # pyright: ignore[reportUnusedFunction]
         config: Path | None,
         formats: tuple[str, ...],

@@ -4,18 +4,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from click.testing import CliRunner, Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaForCausalLM
 
 from pipeline import events
 from pipeline.cli import main
-from pruning import checkpoint
 
 
 def read(folder: Path) -> dict[int, dict[str, float]]:
@@ -64,40 +60,22 @@ def logged_of(text: str) -> dict[str, float]:
     return {name: float(np.float32(value)) for name, value in json.loads(text).items() if name != "step"}
 
 
-@pytest.fixture
-def world(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    checkpoint.save(tiny_model, tiny_tokenizer, tmp_path / "dense")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"the {n} follows the {n - 1}"}) + "\n" for n in range(40)))
-    source = {"source": f"path:{text}", "field": "text"}
-    recovery = {"adapter": {"method": "lora"}, "tokens": 512, "batch_tokens": 128, "max_length": 64, "data": [source]}
-    said = {
-        "name": "small",
-        "model": {"source": f"path:{tmp_path}/dense", "dtype": "float32"},
-        "recovery": recovery,
-        "evaluation": {"perplexity": [{"name": "text", "window": 32, **source}]},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(said))
-    return tmp_path
-
-
 def recover(*options: str) -> Result:
     return CliRunner().invoke(main, ["recover", "run.yaml", "--set", "runtime.tensorboard=true", *options])
 
 
-def test_a_run_writes_events_and_a_cached_one_has_them_too(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_events_and_a_cached_one_has_them_too(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorboard", None)
         result = recover()
         assert result.exit_code == 2
         assert "runtime.tensorboard: needs tensorboard: pip install 'regrow[tensorboard]'" in result.output
-        assert not (world / "runs").exists()
+        assert not (small_run / "runs").exists()
     for _ in ("built", "cached"):
         result = recover()
         assert result.exit_code == 0, result.output
-        artifact = (world / "runs/small/artifacts/recover").resolve()
-        (folder,) = (world / "runs/small/tensorboard").iterdir()
+        artifact = (small_run / "runs/small/artifacts/recover").resolve()
+        (folder,) = (small_run / "runs/small/tensorboard").iterdir()
         assert folder.name == f"recover-{artifact.name}"
         assert read(folder) == logged(artifact / "log.jsonl")
         assert {"loss", "learning_rate", "tokens"} <= read(folder)[1].keys()
@@ -106,4 +84,4 @@ def test_a_run_writes_events_and_a_cached_one_has_them_too(world: Path, monkeypa
     plain = CliRunner().invoke(main, ["recover", "run.yaml"])  # the option is in no key
     assert plain.exit_code == 0
     assert not folder.exists()
-    assert (world / "runs/small/artifacts/recover").resolve() == artifact
+    assert (small_run / "runs/small/artifacts/recover").resolve() == artifact

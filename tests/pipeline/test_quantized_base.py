@@ -3,66 +3,44 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from pipeline.cli import main
-from pruning import checkpoint
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    checkpoint.save(tiny_model, tiny_tokenizer, tmp_path / "dense")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"the {n} follows the {n - 1}"}) + "\n" for n in range(40)))
-    source = {"source": f"path:{text}", "field": "text"}
-    recovery = {"adapter": {"method": "lora"}, "tokens": 512, "batch_tokens": 128, "max_length": 64, "data": [source]}
-    said = {
-        "name": "small",
-        "model": {"source": f"path:{tmp_path}/dense", "dtype": "float32"},
-        "recovery": recovery,
-        "evaluation": {"perplexity": [{"name": "text", "window": 32, **source}]},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(said))
-    return tmp_path
 
 
 def regrow(*words: str) -> Result:
     return CliRunner().invoke(main, list(words))
 
 
-def test_the_adapter_goes_into_the_full_weights(config: Path) -> None:
+def test_the_adapter_goes_into_the_full_weights(small_run: Path) -> None:
     keys = []
     for options in ([], ["--set", "recovery.quantized_base=nf4"]):
         result = regrow("merge", "run.yaml", *options)
         assert result.exit_code == 0, result.output
-        keys.append((config / "runs/small/artifacts/recover").resolve().name)
+        keys.append((small_run / "runs/small/artifacts/recover").resolve().name)
     assert keys[0] != keys[1]
-    artifacts = config / "runs/small/artifacts"
+    artifacts = small_run / "runs/small/artifacts"
     report = json.loads((artifacts / "recover/manifest.json").read_text())["report"]
     weights = 4 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # float32, two layers
     assert report["quantized_base"]["bytes_before"] == weights
     assert report["quantized_base"]["bytes"] == weights / 4 * 36 / 64
-    dense, merged = (load_file(path / "model.safetensors") for path in (config / "dense", artifacts / "merge/model"))
+    dense, merged = (load_file(path / "model.safetensors") for path in (small_run / "dense", artifacts / "merge/model"))
     adapter, name = load_file(artifacts / "recover/adapter/adapter.safetensors"), "model.layers.1.mlp.up_proj"
     expected = dense[f"{name}.weight"] + 2 * adapter[f"{name}.B"] @ adapter[f"{name}.A"]
     torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
     assert json.loads((artifacts / "merge/manifest.json").read_text())["report"]["largest_logit_difference"] < 1e-4
 
 
-def test_a_missing_bitsandbytes_is_said_before_work_begins(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bitsandbytes_is_said_before_work_begins(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     result = regrow("run", "run.yaml", "--set", "recovery.quantized_base=int8")
     assert result.exit_code == 2
     assert "recovery.quantized_base: int8 needs bitsandbytes: pip install 'regrow[quantized]'" in result.output
-    assert not list((config / "store").glob("*/*/manifest.json"))
+    assert not list((small_run / "store").glob("*/*/manifest.json"))
     result = regrow(
         "run", "run.yaml", "--set", "recovery.quantized_base=int8", "--set", "recovery.adapter.method=randlora"
     )
