@@ -6,11 +6,16 @@ Per-layer `num_attention_heads`, `num_key_value_heads` and `intermediate_size` s
 config; everything else is Llama's. Written for and tested with transformers 5.23 (needs 5.15 or newer).
 """
 
-# pyright: reportArgumentType=false, reportMissingParameterType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportMissingParameterType=false, reportPrivateUsage=false
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 
 @strict
@@ -23,7 +28,18 @@ class RegrowConfig(LlamaConfig):
         """Llama wants hidden_size divisible by the heads; with an explicit head_dim nothing needs that."""
 
 
-class RegrowModel(LlamaModel):
+class _OwnConfigs:
+    """Every layer has a config of its own, which transformers forgets when attention is chosen after loading."""
+
+    def set_attn_implementation(self, *args, **kwargs):
+        """Choose the attention of the model and of every layer; as in transformers."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, LlamaAttention):
+                module.config._attn_implementation = self.config._attn_implementation
+
+
+class RegrowModel(_OwnConfigs, LlamaModel):
     """LlamaModel built layer by layer from `config.per_layer_config`."""
 
     config_class = RegrowConfig
@@ -41,7 +57,7 @@ class RegrowModel(LlamaModel):
         self.post_init()
 
 
-class RegrowForCausalLM(LlamaForCausalLM):
+class RegrowForCausalLM(_OwnConfigs, LlamaForCausalLM):
     """LlamaForCausalLM around a RegrowModel."""
 
     config_class = RegrowConfig

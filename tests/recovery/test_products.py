@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
 from recovery import adapters, inject, products
 from recovery.attention import NAME, prepare
 from recovery.base import Layer
@@ -204,24 +205,34 @@ def test_linear_and_low_rank(bias: bool) -> None:
         assert gradients[1].dtype == torch.float32
 
 
-def test_packed_attention_is_sdpa_under_a_block_mask(tiny_model: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("shape", ["uniform", "free"])
+def test_packed_attention_is_sdpa_under_a_block_mask(tiny_config: LlamaConfig, shape: str) -> None:
+    torch.manual_seed(0)
+    widths: Any = {0: {"intermediate_size": 24}}
+    kinds = {
+        "uniform": lambda: LlamaForCausalLM(tiny_config),
+        "free": lambda: RegrowForCausalLM(RegrowConfig(**tiny_config.to_dict(), per_layer_config=widths)),
+    }
+    model: Any = kinds[shape]().eval()
     ids = torch.randint(4, 200, (1, 30), generator=torch.Generator().manual_seed(0))
     packed = torch.tensor([[*range(11), *range(1), *range(18)]])
     batch = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 
     def results() -> list[torch.Tensor]:
-        tiny_model.zero_grad()
-        logits = tiny_model(input_ids=ids, position_ids=packed, use_cache=False).logits
+        model.zero_grad()
+        logits = model(input_ids=ids, position_ids=packed, use_cache=False).logits
         logits.square().mean().backward()
-        layer = tiny_model.model.layers[0].self_attn
+        layer = model.model.layers[0].self_attn
         gradients = [part.weight.grad for part in (layer.q_proj, layer.k_proj, layer.v_proj)]
-        padded = tiny_model(input_ids=batch, attention_mask=mask).logits[:, 3:]
-        written = tiny_model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=4)
+        padded = model(input_ids=batch, attention_mask=mask).logits[:, 3:]
+        written = model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=4)
         return [logits, *gradients, padded, written]
 
     expected = results()
-    prepare(tiny_model)
-    assert tiny_model.config._attn_implementation == NAME
+    prepare(model)
+    assert {of._attn_implementation for of in [model.config, *(at.self_attn.config for at in model.model.layers)]} == {
+        NAME
+    }
     for found, wanted in zip(results(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
