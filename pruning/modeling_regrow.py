@@ -6,7 +6,8 @@ Per-layer `num_attention_heads`, `num_key_value_heads` and `intermediate_size` s
 config; everything else is Llama's. Written for and tested with transformers 5.23 (needs 5.15 or newer).
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportMissingParameterType=false, reportPrivateUsage=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false, reportPrivateUsage=false
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
