@@ -36,8 +36,12 @@ class Row:
         """No branches: an ordinary causal pass computes it."""
         return self.positions == list(range(len(self.stem), len(self.stem) + len(self.tokens)))
 
-    def mask(self, width: int) -> npt.NDArray[np.bool_]:
-        """Who sees whom, [width, stem + width]: ancestors and itself. Padding sees itself, or softmax gives NaN."""
+    def mask(self, width: int | None = None) -> npt.NDArray[np.bool_]:
+        """Who sees whom, [width, stem + width]: ancestors and itself; `width` is the row's or more.
+
+        Padding sees itself, or softmax gives NaN.
+        """
+        width = width or len(self.tokens)
         stem, done = len(self.stem), 0
         sees = np.zeros((width, stem + width), dtype=bool)
         sees[: len(self.tokens), :stem] = True
@@ -109,6 +113,19 @@ def batches(rows: Sequence[Row], budget: int, pairs: int) -> list[list[Row]]:
     for batch in made:
         largest[batch[0].stem] = max(largest.get(batch[0].stem, 0), len(batch[0].stem) + len(batch[0].tokens))
     return sorted(made, key=lambda batch: (-largest[batch[0].stem], batch[0].stem, -len(batch[0].tokens)))
+
+
+def fill(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Rows of one stem to be laid end to end, longest first; at most `budget` tokens, or one row."""
+    made: list[list[Row]] = []
+    size = 0
+    for row in sorted(rows, key=lambda row: (-len(row.stem), row.stem, -len(row.tokens))):
+        if not made or made[-1][0].stem != row.stem or size + len(row.tokens) > budget:
+            made.append([])
+            size = 0
+        made[-1].append(row)
+        size += len(row.tokens)
+    return made
 
 
 def tree(members: list[int], sequences: Sequence[Ids], common: list[int], stem: int) -> Row:

@@ -14,7 +14,7 @@ Its name for lm-eval is `regrow`, once this module is imported:
 import logging
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,9 +23,9 @@ from lm_eval import utils
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from evaluation.packing import Ids, Row, batches, pack, shared, tree
+from evaluation import passes
+from evaluation.packing import Ids, Row, batches, fill, pack, shared, tree
 
 Request = tuple[Any, list[int], list[int]]  # what is asked, context, continuation
 Answer = tuple[float, bool]
@@ -35,9 +35,10 @@ TOKENS = {"cpu": 2048}  # tokens of one forward pass with padding
 TOKENS_ELSEWHERE = 16384
 PAIRS = 2**25  # entries of one forward pass's attention mask
 LOGITS = 512  # positions whose logits are held at once
-MASKED = ("sdpa", "eager")  # attention that takes a 4-D mask
+ATTENTION = {"flat": ("sdpa",), "padded": ("sdpa", "eager")}  # what a model may have chosen: it takes a 4-D mask
 
-PACKS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # models that were tried, and whether they can
+Way = Literal["flat", "padded", "alone"]  # rows end to end, rows beside each other, requests as HFLM runs them
+WAYS: "WeakKeyDictionary[Any, Way]" = WeakKeyDictionary()  # models that were tried, and the best way each can
 
 log = logging.getLogger("lm_eval.regrow")
 
@@ -49,7 +50,7 @@ class SharedPrefixLM(HFLM):
     `tokens_per_batch` bounds a forward pass (padding included); `batch_size` counts for generation only. Answers do
     not depend on either, nor on the order of requests, beyond rounding. Log-likelihoods are summed in float32
     whatever the model's dtype. `truncated` counts requests that lost tokens of their context to the model's window.
-    Models that pay no heed to a 4-D mask and positions (found out on a few tokens) are run as HFLM runs them.
+    Models that pay no heed to a mask and positions of ours (found out on a few tokens) are run as HFLM runs them.
     """
 
     def __init__(self, pretrained: Any, tokens_per_batch: int | None = None, **arguments: Any) -> None:
@@ -57,7 +58,6 @@ class SharedPrefixLM(HFLM):
         self.tokens_per_batch = tokens_per_batch or TOKENS.get(self.device.type, TOKENS_ELSEWHERE)
         self.truncated = 0
         self.report: Progress = lambda done, total, note: None
-        self._packs: bool | None = None
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Summed log-likelihood of every whole text, in windows as HFLM cuts them; all windows in one go."""
@@ -89,7 +89,7 @@ class SharedPrefixLM(HFLM):
                 raise ValueError(f"{what} cannot be scored in a window of {self.max_length} tokens: {asked!r:.200}")
         window = self.max_length + 1
         self.truncated += sum(len(context) + len(continuation) > window for _, context, continuation in requests)
-        if not self._can_pack():
+        if self.way() == "alone":
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         # When too long, tokens fall off the left, as in HFLM; the last token is only predicted.
         inputs = [tuple((context + continuation)[-window:][:-1]) for _, context, continuation in requests]
@@ -108,6 +108,7 @@ class SharedPrefixLM(HFLM):
         targets: list[list[int]],
         step: Callable[[int], Any] = lambda count: None,
         rows: list[Row] | None = None,
+        way: Way | None = None,
     ) -> list[Answer]:
         """Answers for distinct or repeated inputs, whose last len(targets[i]) positions predict targets[i]."""
         asked: dict[Ids, list[int]] = {}
@@ -118,62 +119,31 @@ class SharedPrefixLM(HFLM):
         rows = rows or pack(sequences, first)
         answers: list[Answer] = [(0.0, False)] * len(inputs)
         stem: Ids = ()
-        cache: Any = None
+        cache: passes.Cache = None
         done = 0
-        for batch in batches(rows, self.tokens_per_batch, PAIRS):
-            if batch[0].stem != stem:
-                stem, cache = batch[0].stem, None
-                cache = self._prefill(stem) if stem else None
-            hidden = self._hidden(batch, cache)
+        flat = (way or self.way()) == "flat"
+        budget = self.tokens_per_batch
+        for batch in fill(rows, budget) if flat else batches(rows, budget, PAIRS):
+            with self._autocast():
+                if batch[0].stem != stem:
+                    stem, cache = batch[0].stem, None
+                    cache = passes.prefill(self.model, stem) if stem else None
+                hidden, starts = (passes.flat if flat else passes.padded)(self.model, batch, cache)
             requests: list[int] = []
             nodes: list[int] = []
-            width = hidden.shape[1]
-            for number, row in enumerate(batch):
+            for start, row in zip(starts, batch, strict=True):
                 for sequence, path in zip(row.sequences, row.paths, strict=True):
                     for index in asked[sequences[sequence]]:
                         requests.append(index)
-                        nodes += [number * width + node for node in path[len(path) - len(targets[index]) :]]
-            for index, answer in zip(
-                requests, self._score(hidden.flatten(0, 1), nodes, [targets[r] for r in requests]), strict=True
-            ):
+                        nodes += [start + node for node in path[len(path) - len(targets[index]) :]]
+            found = self._score(hidden, nodes, [targets[request] for request in requests])
+            for index, answer in zip(requests, found, strict=True):
                 answers[index] = answer
             count = sum(len(row.sequences) for row in batch)
             done += count
             step(count)
-            self.report(done, len(sequences), f"{width} tokens wide")
+            self.report(done, len(sequences), f"up to {len(batch[0].stem) + len(batch[0].tokens)} tokens wide")
         return answers
-
-    def _prefill(self, stem: Ids) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [1, heads, len(stem), head dim] of every layer."""
-        cache = DynamicCache()
-        with self._autocast():
-            self.model.get_decoder()(
-                input_ids=torch.tensor([stem], device=self.device), past_key_values=cache, use_cache=True
-            )
-        return [(layer.keys, layer.values) for layer in cast("Any", cache.layers)]
-
-    def _hidden(self, batch: list[Row], cache: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
-        """Last hidden states [rows, widest, hidden] of right-padded rows that share a stem."""
-        width = max(len(row.tokens) for row in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for number, row in enumerate(batch):
-            ids[number, : len(row.tokens)] = torch.tensor(row.tokens)
-        extra: dict[str, Any] = {"use_cache": False}
-        if cache is not None or not batch[0].chain:
-            positions = torch.zeros(len(batch), width, dtype=torch.long)
-            for number, row in enumerate(batch):
-                positions[number, : len(row.tokens)] = torch.tensor(row.positions)
-            mask = torch.from_numpy(np.stack([row.mask(width) for row in batch]))[:, None].to(self.device)
-            if self.model.config._attn_implementation == "eager":  # adds the mask to the scores
-                lowest = torch.finfo(self.model.dtype).min
-                mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill(~mask, lowest)
-            extra |= {"attention_mask": mask, "position_ids": positions.to(self.device)}
-        if cache is not None:
-            rows = len(batch)
-            shared = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in cache]
-            extra |= {"past_key_values": DynamicCache(shared), "use_cache": True}
-        with self._autocast():
-            return self.model.get_decoder()(input_ids=ids.to(self.device), **extra).last_hidden_state
 
     def _score(self, hidden: torch.Tensor, nodes: list[int], targets: list[list[int]]) -> list[Answer]:
         """Answers from hidden states [n, hidden]: `nodes` are the predicting ones, one a target token."""
@@ -204,33 +174,35 @@ class SharedPrefixLM(HFLM):
         kind = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=kind, enabled=kind is not None)
 
-    def _can_pack(self) -> bool:
-        """Whether packed rows give this model's own log-likelihoods; tried once, on a few made-up tokens."""
-        if self._packs is None:
-            if self.model not in PACKS:
-                PACKS[self.model] = self.backend == "causal" and self._packs_well()
-            self._packs = PACKS[self.model]
-            if not self._packs:
+    def way(self) -> Way:
+        """The fastest way that gives this model's own log-likelihoods; tried once, on a few made-up tokens."""
+        if self.model not in WAYS:
+            ways: list[Way] = ["flat", "padded", "alone"] if self.device.type == "cpu" else ["padded", "alone"]
+            WAYS[self.model] = next(way for way in ways if way == "alone" or self._goes_well(way))
+            if WAYS[self.model] == "alone":
                 log.warning("regrow: this model cannot run shared prefixes; requests are run one by one, as HFLM does")
-        return self._packs
+        return WAYS[self.model]
 
     @torch.inference_mode()
-    def _packs_well(self) -> bool:
+    def _goes_well(self, way: Way) -> bool:
         config: Any = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if config._attn_implementation not in MASKED or kinds or (window and window < self.max_length):
+        takes_masks = config._attn_implementation in ATTENTION[way]
+        if self.backend != "causal" or not takes_masks or kinds or (window and window < self.max_length):
             return False
         made_up = [(7919 * index + 13) % int(config.vocab_size) for index in range(30)]
         inputs = [tuple(made_up[: min(18, self.max_length - 4)] + made_up[at : at + 4]) for at in (18, 22, 26)]
         targets = [list(ids[-3:]) for ids in inputs]
         order = sorted(range(3), key=lambda index: inputs[index])
         common = [shared(inputs[a], inputs[b]) for a, b in pairwise(order)]
+        # A tree, a row by itself beside it, and both behind a cached stem.
         for stem in (0, min(8, *common)):
+            rows = [tree(order[:2], inputs, common[:1], stem), tree(order[2:], inputs, [], stem)]
             try:
-                found = self._answers(inputs, targets, rows=[tree(order, inputs, common, stem)])
+                found = self._answers(inputs, targets, rows=rows, way=way)
             except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                log.warning("regrow: packing failed on a few tokens: %s", error)
+                log.info("regrow: %s rows failed on a few tokens: %s", way, error)
                 return False
             for ids, target, (packed, _) in zip(inputs, targets, found, strict=True):
                 with self._autocast():

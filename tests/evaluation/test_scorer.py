@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from evaluation import packing
+from evaluation import packing, passes, scorer
 from evaluation.packing import pack
 from evaluation.scorer import SharedPrefixLM
 
@@ -33,7 +33,7 @@ def pair(model: Any, tokenizer: Any, **arguments: Any) -> tuple[Any, Any]:
 def agree(own: Any, reference: Any, arguments: list[tuple[str, str]]) -> None:
     found = own.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
     expected = reference.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
-    assert own._packs is True
+    assert own.way() in ("flat", "padded")
     for (value, greedy), (right, rightly) in zip(found, expected, strict=True):
         assert value == pytest.approx(right, abs=1e-3)
         assert greedy == rightly
@@ -57,8 +57,16 @@ def items(chance: random.Random, prefix: str = "") -> list[tuple[str, str]]:
     return made
 
 
+@pytest.fixture(params=["flat", "padded"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rows end to end, as on a CPU, or beside each other, as elsewhere."""
+    if request.param == "padded":
+        monkeypatch.setitem(scorer.ATTENTION, "flat", ())
+    return request.param
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_random_requests_equal_hflm(seed: int, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
+def test_random_requests_equal_hflm(seed: int, way: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
     chance = random.Random(seed)
     own, reference = pair(tiny_model, tiny_tokenizer, tokens_per_batch=chance.choice([1, 100, 2048]))
     agree(own, reference, items(chance))
@@ -66,14 +74,14 @@ def test_random_requests_equal_hflm(seed: int, tiny_model: LlamaForCausalLM, tin
 
 @pytest.mark.parametrize("seed", range(2))
 def test_prefixes_of_a_whole_task_are_cached(
-    seed: int, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    seed: int, way: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
     chance = random.Random(seed)
     own, reference = pair(tiny_model, tiny_tokenizer)
-    assert own._can_pack()
+    assert own.way() == way
     stems: list[int] = []
-    prefill = own._prefill
-    monkeypatch.setattr(own, "_prefill", lambda stem: stems.append(len(stem)) or prefill(stem))
+    prefill = passes.prefill
+    monkeypatch.setattr(passes, "prefill", lambda model, stem: stems.append(len(stem)) or prefill(model, stem))
     monkeypatch.setattr(packing, "ROW", 16)
     monkeypatch.setattr(packing, "STRANGERS", 64)
     shots = [f"{text(chance, 14)}\n\n" for _ in range(2)]
@@ -86,11 +94,13 @@ def test_nothing_shared_runs_without_a_mask_and_all_shared_runs_once(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
     own, _ = pair(tiny_model, tiny_tokenizer)
-    assert own._can_pack()
+    assert own.way() == "flat"
     tokens: list[int] = []
-    hidden = own._hidden
+    flat = passes.flat
     monkeypatch.setattr(
-        own, "_hidden", lambda batch, cache: tokens.extend(len(r.tokens) for r in batch) or hidden(batch, cache)
+        passes,
+        "flat",
+        lambda model, batch, cache: tokens.extend(len(r.tokens) for r in batch) or flat(model, batch, cache),
     )
     own.loglikelihood(instances("loglikelihood", [("abcdefgh", " yes"), ("abcdefgh", " no")]), disable_tqdm=True)
     assert tokens == [
@@ -100,7 +110,7 @@ def test_nothing_shared_runs_without_a_mask_and_all_shared_runs_once(
     assert [row.chain for row in rows] == [True, True]
 
 
-def test_answers_do_not_depend_on_batch_size_or_order(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
+def test_answers_do_not_depend_on_batch_size_or_order(way: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
     arguments = items(random.Random(9))
     backwards = arguments[::-1]
     one, _ = pair(tiny_model, tiny_tokenizer, tokens_per_batch=1)
@@ -153,10 +163,12 @@ def test_non_uniform_and_16_bit_and_eager_models_pack(tiny_model: LlamaForCausal
     torch.manual_seed(1)
     model = RegrowForCausalLM(RegrowConfig(**said, per_layer_config=layers)).eval()
     agree(*pair(model, tiny_tokenizer), items(random.Random(3)))
+    assert scorer.WAYS[model] == "flat"
+    assert model.config._attn_implementation == "sdpa"
     tiny_model.set_attn_implementation("eager")
     agree(*pair(tiny_model, tiny_tokenizer), items(random.Random(4)))
     own, _ = pair(copy.deepcopy(tiny_model).to(torch.bfloat16), tiny_tokenizer)
-    assert own._can_pack()
+    assert own.way() == "padded"
 
 
 def test_models_that_cannot_pack_run_as_hflm_runs_them(tiny_tokenizer: Any):
@@ -172,12 +184,12 @@ def test_models_that_cannot_pack_run_as_hflm_runs_them(tiny_tokenizer: Any):
         MistralConfig(**size, num_key_value_heads=2, sliding_window=16, max_position_embeddings=256)
     ).eval()
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, max_position_embeddings=256)).eval()
-    for model, packs in ((sliding, False), (neox, True)):
+    for model, way in ((sliding, "alone"), (neox, "flat")):
         own, reference = pair(model, tiny_tokenizer)
         arguments = items(random.Random(5))
         found = own.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
         expected = reference.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
-        assert own._packs is packs
+        assert own.way() == way
         assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
 
 
@@ -191,7 +203,7 @@ def test_a_model_that_ignores_positions_is_found_out(
     own, reference = pair(tiny_model, tiny_tokenizer)
     arguments = items(random.Random(6))
     found = own.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
-    assert own._packs is False
+    assert own.way() == "alone"
     expected = reference.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
