@@ -1,8 +1,9 @@
 """The shared-prefix scorer against lm-eval's HFLM at its best batch size: seconds a suite, and largest difference.
 
-    python benchmarks/evaluation_speed.py --model FOLDER --data FOLDER [--limit 100] [--batch 1 --batch 8 ...]
+    python benchmarks/evaluation_speed.py --model FOLDER --data FOLDER [--config FILE] [--limit 100] [--batch 8 ...]
 
-DATA holds SUITE/test.jsonl in lm-eval's schemas. Both answer the same requests (built once, not timed) in one process,
+DATA holds SUITE/test.jsonl in lm-eval's schemas; a config brings the suites it names, from its own sources (cached in
+`--store`). Both answer the same requests (built once, not timed) in one process,
 the order changing with every repeat; the least time counts.
 `--clock cpu` measures processor time, for a busy machine. HFLM runs every batch size, each suite's best is taken.
 """
@@ -23,14 +24,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation import suites
 from evaluation.harness import build_task
 from evaluation.scorer import SharedPrefixLM
+from pipeline import config_file, rows
+from pipeline.sources import Sources
+from pipeline.store import Store
 
 os.environ["TQDM_DISABLE"] = "1"
 EIGHT = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
-def requests_of(suite: str, file: Path, limit: int) -> list[Any]:
-    lines = file.read_text(encoding="utf-8").splitlines()[:limit]
-    task = build_task(suites.load(suite), [json.loads(line) for line in lines])
+Rows = list[dict[str, Any]]
+
+
+def chosen(options: argparse.Namespace) -> dict[tuple[str, str], Rows]:
+    """Rows by suite and where they are from."""
+    found: dict[tuple[str, str], Rows] = {}
+    if options.data:
+        for suite in options.suite or EIGHT:
+            lines = (options.data / suite / "test.jsonl").read_text(encoding="utf-8").splitlines()
+            found[suite, "data"] = [json.loads(line) for line in lines[: options.limit]]
+    if options.config:
+        config = config_file.load(options.config)
+        sources = Sources(Store(options.store), config.checksums, print)
+        for scored in config.evaluation.suites if config.evaluation else []:
+            if local := scored.rows():
+                found[scored.name, "config"] = rows.read_rows(sources, local)[: options.limit]
+    return found
+
+
+def requests_of(suite: str, rows: Rows) -> list[Any]:
+    task = build_task(suites.load(suite), rows)
     task.build_all_requests()
     return task.instances
 
@@ -44,7 +66,9 @@ def timed(model: Any, requests: list[Any], clock: Callable[[], float]) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--store", type=Path, default=Path("store"))
     parser.add_argument("--suite", action="append", choices=EIGHT)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch", type=int, action="append", help="batch sizes of HFLM (default 1, 4, 16)")
@@ -54,6 +78,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
+    if not (options.data or options.config):
+        parser.error("--data or --config: one of them is needed")
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -72,8 +98,8 @@ def main() -> None:
     print(f"{options.limit} items a suite, {options.dtype}, {options.threads} threads, {options.repeats} repeats\n")
     print("| suite | requests | " + " | ".join(everyone) + " | times faster | largest difference |")
     print("|---|" + "---:|" * (len(everyone) + 3))
-    for suite in options.suite or EIGHT:
-        requests = requests_of(suite, options.data / suite / "test.jsonl", options.limit)
+    for (suite, place), items in chosen(options).items():
+        requests = requests_of(suite, items)
         seconds: dict[str, float] = {}
         answers: dict[str, list[float]] = {}
         for lm in everyone.values():
@@ -89,7 +115,7 @@ def main() -> None:
         apart = max(abs(a - b) for a, b in zip(answers[mine], answers[best], strict=True))
         cells = [f"{seconds[name]:.2f}" for name in everyone]
         ratio = seconds[best] / seconds[mine]
-        print(f"| {suite} | {len(requests)} | {' | '.join(cells)} | {ratio:.2f} | {apart:.2g} |", flush=True)
+        print(f"| {suite} ({place}) | {len(requests)} | {' | '.join(cells)} | {ratio:.2f} | {apart:.2g} |", flush=True)
     print(
         f"\ntotal: {totals['ours']:.1f} s, HFLM at its best {totals['HFLM']:.1f} s: "
         f"{totals['HFLM'] / totals['ours']:.2f} times faster"

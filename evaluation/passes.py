@@ -7,7 +7,7 @@ a GPU wants. All rows of a pass share a stem, whose keys and values are cached.
 The attention that is registered here for flat rows is transformers' `sdpa` for whatever does not bring `Rows`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,7 +116,7 @@ def attend(
 
 
 @contextmanager
-def _taking_rows(model: PreTrainedModel) -> Iterator[None]:
+def _taking_rows(model: PreTrainedModel) -> Generator[None]:
     chosen = _chosen(model)
     model.set_attn_implementation(NAME)
     try:

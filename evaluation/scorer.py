@@ -24,7 +24,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from evaluation import passes
+from evaluation import allocator, passes
 from evaluation.packing import Ids, Row, batches, fill, pack, shared, tree
 
 Request = tuple[Any, list[int], list[int]]  # what is asked, context, continuation
@@ -94,7 +94,8 @@ class SharedPrefixLM(HFLM):
         # When too long, tokens fall off the left, as in HFLM; the last token is only predicted.
         inputs = [tuple((context + continuation)[-window:][:-1]) for _, context, continuation in requests]
         quiet = disable_tqdm or self.rank != 0
-        with tqdm(total=len(set(inputs)), disable=quiet, desc="Running loglikelihood requests") as bar:
+        title = "Running loglikelihood requests"
+        with tqdm(total=len(set(inputs)), disable=quiet, desc=title) as bar, allocator.keeping():
             answers = self._answers(inputs, [continuation for _, _, continuation in requests], bar.update)
         for (asked, _, _), answer in zip(requests, answers, strict=True):
             if asked is not None:  # windows of a rolling request have no name of their own
