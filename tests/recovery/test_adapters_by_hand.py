@@ -206,6 +206,24 @@ def test_full_has_the_gradient_of_the_weight(tiny_model: LlamaForCausalLM) -> No
         torch.testing.assert_close(parameter.grad, wanted[name.replace(".delta", ".weight")], rtol=1e-4, atol=1e-6)
 
 
+def test_rora_is_lora_with_alpha_times_the_root_of_the_rank(tiny_model: LlamaForCausalLM) -> None:
+    """So RoRA's table needs no rows of LoRA at RoRA's scale: losses and gradients are the same bit for bit."""
+    ids = torch.randint(4, tiny_model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    found: list[dict[str, torch.Tensor]] = []
+    for name, alpha in (("rora", 6), ("lora", 12)):  # rank 4, whose root is 2
+        inject.attach(tiny_model, adapters.load(name).Config(rank=4, alpha=alpha), seed=3)
+        optimizer = torch.optim.AdamW(inject.trainable(tiny_model).values(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            tiny_model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        found.append({name: parameter.detach() for name, parameter in inject.trainable(tiny_model).items()})
+        inject.detach(tiny_model)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(tensor.any() for name, tensor in found[0].items() if name.endswith(".B"))
+
+
 def test_rank_and_alpha_by_pattern(tiny_model: LlamaForCausalLM) -> None:
     patterns = {"up_proj": 6, "layers.1.mlp.up_proj": 2}
     config = adapters.load("lora").Config(rank=4, rank_pattern=patterns, alpha_pattern={"k_proj": 40})
