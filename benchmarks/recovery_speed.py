@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from pipeline import rows
-from pipeline.config import DataConfig
+from pipeline.sections import DataConfig
 from pipeline.sources import Sources
 from pipeline.store import Store
 from recovery import adapters, inject

@@ -3,8 +3,8 @@
 import random
 from typing import Any
 
-from pipeline.config import CalibrationConfig
 from pipeline.errors import StageError
+from pipeline.sections import CalibrationConfig
 
 ENOUGH = 4  # stop reading texts once this many times the asked windows are in hand
 

@@ -9,8 +9,9 @@ from collections import defaultdict
 from evaluation import suites
 from evaluation.suites import check_rows
 from pipeline import rows
-from pipeline.config import PerplexityConfig, RowsConfig, RunConfig, SuiteConfig
+from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
+from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pruning.config import SERVED

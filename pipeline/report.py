@@ -11,8 +11,9 @@ from evaluation import suites
 from evaluation.items import ITEMS
 from evaluation.statistics import has_signal
 from pipeline import comparison
-from pipeline.config import PerplexityConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.errors import StageError
+from pipeline.sections import PerplexityConfig
 from pipeline.steps import Step
 from pipeline.store import Artifact, Store
 

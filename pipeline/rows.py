@@ -14,8 +14,8 @@ from typing import Any, cast
 from evaluation import suites
 from evaluation.instructions import alpaca, instruction
 from evaluation.suites import Suite
-from pipeline.config import PerplexityConfig, RowsConfig
 from pipeline.errors import SourceError
+from pipeline.sections import PerplexityConfig, RowsConfig
 from pipeline.sources import Sources
 
 VERSION = 1  # in the key of everything made from rows: raise it when the same source would give other rows

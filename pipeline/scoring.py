@@ -11,7 +11,7 @@ from evaluation.generate import score_generated
 from evaluation.perplexity import perplexity
 from evaluation.score import score
 from pipeline import rows
-from pipeline.config import PerplexityConfig, RuntimeConfig, SuiteConfig
+from pipeline.sections import PerplexityConfig, RuntimeConfig, SuiteConfig
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Artifact, Store, Workspace

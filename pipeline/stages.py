@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import calibration, exporting, processes, recovering, rows, scoring
-from pipeline.config import RunConfig, RuntimeConfig
+from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StageError
 from pipeline.export import check, quantized
+from pipeline.sections import RuntimeConfig
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pipeline.store import Store, Workspace

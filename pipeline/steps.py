@@ -14,9 +14,10 @@ from typing import Any
 
 from evaluation import suites
 from pipeline import export, hub, rows
-from pipeline.config import PerplexityConfig, RunConfig, SuiteConfig
+from pipeline.config import RunConfig
 from pipeline.export.config import ExportConfig, QuantizedConfig
 from pipeline.keys import KEY_LENGTH, digest
+from pipeline.sections import PerplexityConfig, SuiteConfig
 from pipeline.sources import Sources
 from pruning import criteria
 from pruning.config import Statistic

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import rows
-from pipeline.config import RowsConfig
 from pipeline.errors import SourceError
+from pipeline.sections import RowsConfig
 from pipeline.sources import Sources
 from pipeline.store import Store
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline import sources as module
+from pipeline import wheels
 from pipeline.errors import SourceError
 from pipeline.keys import file_digest
 from pipeline.sources import Sources, parse
@@ -35,7 +36,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
         target.write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(module.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
     return calls
 
 
