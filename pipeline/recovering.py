@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from pipeline import events, processes, rows
 from pipeline.steps import Step
 from pipeline.store import Workspace
-from recovery import distill, history, inject, parallel, peft_format
+from recovery import distill, history, inject, parallel, peft_format, peft_write
 from recovery.data import Example
 from recovery.feed import within_budget
 from recovery.teacher import Kept, Live, Teacher, keep
@@ -46,7 +46,7 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
         model, report = adapter_of(runner, step, workspace.scratch)
     inject.save(model, workspace.out / "adapter", settings.seed)
     if peft_format.refusal(settings.adapter) is None:  # the same adapter, for other tools
-        peft_format.write(model, workspace.out / "peft", str(runner.folder(step)))
+        peft_write.write(model, workspace.out / "peft", str(runner.folder(step)))
     (workspace.out / history.LOG).write_bytes(log.read_bytes())
     return {"report": report}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from recovery import adapters, peft_format
+from recovery import adapters, peft_format, peft_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ def read(folder: Path) -> Saved:
 def check(saved: Saved) -> None:
     """Read the weights too. Raises ValueError for what shows to be unusable without the model."""
     if saved.form == "peft":
-        peft_format.read(saved.folder)
+        peft_read.read(saved.folder)
     else:
         with peft_format.opened(saved.folder / WEIGHTS):
             pass
@@ -63,7 +63,7 @@ def attach(model: PreTrainedModel, saved: Saved) -> list[str]:
     from recovery import inject
 
     if saved.form == "peft":
-        return peft_format.attach(model, saved.folder)
+        return peft_read.attach(model, saved.folder)
     inject.attach_saved(model, saved.folder)
     return list(inject.adapted(model))
 

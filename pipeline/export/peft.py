@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.export import check as checks
 from pipeline.export.config import PeftConfig
 from pipeline.export.model_folder import ModelFolder
-from recovery import peft_format, saved
+from recovery import peft_format, peft_write, saved
 
 VERSION = 2
 
@@ -29,7 +29,7 @@ def refusal(model: ModelFolder, config: PeftConfig) -> str | None:
 def write(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
     """Write the two files. Returns the method and how many modules it is on."""
     reference = _adapted(model)
-    peft_format.write(reference, out, str(model.path))
+    peft_write.write(reference, out, str(model.path))
     said = json.loads((out / peft_format.DESCRIPTION).read_text(encoding="utf-8"))
     assert model.adapter is not None
     return {"method": saved.read(model.adapter).method, "modules": len(said["target_modules"])}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from recovery import adapters, inject, peft_format
+from recovery import adapters, inject, peft_format, peft_read, peft_write
 from recovery.merge import merge
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,17 +45,17 @@ def test_peft_loads_what_ours_writes(options: dict[str, Any], tiny_model: LlamaF
     if options["method"] == "sora":
         for module in inject.adapted(tiny_model).values():
             module.method.trainable["gate"].data[1] = 0
-    peft_format.write(tiny_model, tmp_path, "pruned")
+    peft_write.write(tiny_model, tmp_path, "pruned")
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
     wanted = tiny_model(IDS).logits
     torch.testing.assert_close(theirs(input_ids=IDS).logits, wanted, rtol=0, atol=1e-5)
-    peft_format.attach(other, tmp_path)
+    peft_read.attach(other, tmp_path)
     torch.testing.assert_close(other(IDS).logits, wanted, rtol=0, atol=1e-5)
     if options["method"] == "sora":
         assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
     merged, _ = merge(other)
     with pytest.raises(ValueError, match="trained on other weights"):
-        peft_format.attach(merged, tmp_path)
+        peft_read.attach(merged, tmp_path)
     assert not inject.adapted(merged)
 
 
@@ -74,7 +74,7 @@ def test_ours_reads_what_peft_writes(settings: Any, tiny_model: LlamaForCausalLM
     theirs: Any = peft.get_peft_model(copy.deepcopy(tiny_model), settings).eval()  # type: ignore
     shake(parameter for parameter in theirs.parameters() if parameter.requires_grad)
     theirs.save_pretrained(tmp_path)
-    names = peft_format.attach(tiny_model, tmp_path)
+    names = peft_read.attach(tiny_model, tmp_path)
     assert len(names) == 2 * len(settings.target_modules)
     wanted = theirs(input_ids=IDS).logits
     torch.testing.assert_close(tiny_model(IDS).logits, wanted, rtol=0, atol=1e-5)
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_exactly_is_refused(tiny_model: LlamaForCausalLM, tm
     cases.append((pissa, "changed the base's weights"))
     for folder, message in cases:
         with pytest.raises(ValueError, match=message):
-            peft_format.attach(tiny_model, folder)
+            peft_read.attach(tiny_model, folder)
         assert not inject.adapted(tiny_model)
 
 
@@ -119,5 +119,5 @@ def test_what_peft_has_no_form_for(
 ) -> None:
     inject.attach(tiny_model, adapters.load(options["method"]).Config(**options), seed=0)
     with pytest.raises(ValueError, match=message):
-        peft_format.write(tiny_model, tmp_path / "peft", "pruned")
+        peft_write.write(tiny_model, tmp_path / "peft", "pruned")
     assert not (tmp_path / "peft").exists()
