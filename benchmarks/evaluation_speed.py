@@ -33,7 +33,6 @@ from pipeline.store import Store
 os.environ["TQDM_DISABLE"] = "1"
 EIGHT = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
-
 Rows = list[dict[str, Any]]
 
 
@@ -47,14 +46,14 @@ def chosen(options: argparse.Namespace) -> dict[tuple[str, str], Rows]:
     if options.config:
         config = config_file.load(options.config)
         sources = Sources(Store(options.store), config.checksums, print)
-        for scored in config.evaluation.suites if config.evaluation else []:
+        for scored in config.evaluation.suites:
             if local := scored.rows():
                 found[scored.name, "config"] = rows.read_rows(sources, local)[: options.limit]
     return found
 
 
-def requests_of(suite: str, rows: Rows) -> list[Any]:
-    task = build_task(suites.load(suite), rows)
+def requests_of(suite: str, items: Rows) -> list[Any]:
+    task = build_task(suites.load(suite), items)
     task.build_all_requests()
     return task.instances
 

@@ -203,7 +203,7 @@ class SharedPrefixLM(HFLM):
             try:
                 found = self._answers(inputs, targets, rows=rows, way=way)
             except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                log.info("regrow: %s rows failed on a few tokens: %s", way, error)
+                log.warning("regrow: %s rows failed on a few tokens: %s", way, error)
                 return False
             for ids, target, (packed, _) in zip(inputs, targets, found, strict=True):
                 with self._autocast():
