@@ -6,12 +6,18 @@ huggingface_hub. Written for and tested with transformers 5.23.
 """
 
 # pyright: reportArgumentType=false, reportMissingParameterType=false, reportMissingTypeArgument=false, reportOptionalSubscript=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 from copy import copy
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 
 class Entries(dict):
@@ -47,7 +53,18 @@ class DeciLMConfig(LlamaConfig):
         return own
 
 
-class DeciLMModel(LlamaModel):
+class _OwnConfigs:
+    """Every layer has a config of its own, which transformers forgets when attention is chosen after loading."""
+
+    def set_attn_implementation(self, *args, **kwargs):
+        """Choose the attention of the model and of every layer; as in transformers."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, LlamaAttention):
+                module.config._attn_implementation = self.config._attn_implementation
+
+
+class DeciLMModel(_OwnConfigs, LlamaModel):
     """LlamaModel built layer by layer."""
 
     config_class = DeciLMConfig
@@ -65,7 +82,7 @@ class DeciLMModel(LlamaModel):
         self.post_init()
 
 
-class DeciLMForCausalLM(LlamaForCausalLM):
+class DeciLMForCausalLM(_OwnConfigs, LlamaForCausalLM):
     """LlamaForCausalLM around a DeciLMModel."""
 
     config_class = DeciLMConfig

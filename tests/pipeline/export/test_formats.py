@@ -13,6 +13,7 @@ from pipeline import export
 from pipeline.errors import StageError
 from pipeline.export import command, vllm
 from pipeline.export.gguf import interleaved
+from pipeline.export.modeling_decilm import DeciLMForCausalLM
 from pipeline.export.model_folder import ModelFolder
 from pipeline.export.write import write
 
@@ -113,6 +114,10 @@ def test_vllm_gets_block_configs_or_a_reason(folder: Any, tmp_path: Path):
     assert not {"intermediate_size", "num_key_value_heads", "per_layer_config"} & said.keys()
     assert report["check"]["largest_logit_difference"] == 0.0
     assert "no vLLM ran" in report["check"]["vllm"]
+    loaded: Any = DeciLMForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.set_attn_implementation("eager")  # after loading: only eager layers have weights to show
+    shown = loaded(input_ids=torch.tensor([[5, 6, 7]]), output_attentions=True).attentions
+    assert [weights.shape for weights in shown] == [(1, 8, 3, 3)] * 4
 
 
 def test_vllm_refuses_unequal_query_heads_and_names_the_nearest(folder: Any):
