@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/regrow run configs/smollm2-135m-offline.yaml
 
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	$(BIN)/python tests/wheel_smoke.py
 
 lint: setup

@@ -1,5 +1,7 @@
 """Fixtures every test folder shares: a tiny Llama and a tokenizer, both made offline."""
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -10,7 +12,8 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    """Two in all: one each where pytest-xdist runs two processes."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture
