@@ -13,8 +13,8 @@ from pipeline import export
 from pipeline.errors import StageError
 from pipeline.export import command, vllm
 from pipeline.export.gguf import interleaved
-from pipeline.export.modeling_decilm import DeciLMForCausalLM
 from pipeline.export.model_folder import ModelFolder
+from pipeline.export.modeling_decilm import DeciLMForCausalLM
 from pipeline.export.write import write
 
 FREE = {"shape": "free", "ratio": 0.1}
