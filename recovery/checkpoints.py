@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+STEADY = "steady.safetensors"  # while the loss is rising: the last from before
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
@@ -23,6 +25,23 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def keep(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rising: bool) -> None:
+    """Write the checkpoint a stopped run goes on from; while the loss is rising, the one from before stays beside it."""
+    last, steady = folder / LAST, folder / STEADY
+    if not rising:
+        steady.unlink(missing_ok=True)
+    elif last.is_file() and not steady.is_file():
+        shutil.copyfile(last, steady)
+    write(last, tensors, state)
+
+
+def good(folder: Path) -> str:
+    """The last checkpoint from before a rise, and the best adapter, with their steps."""
+    names = {"": STEADY if (folder / STEADY).is_file() else LAST, "best adapter: ": BEST}
+    found = {what: folder / name for what, name in names.items() if (folder / name).is_file()}
+    return ", ".join(f"{what}{path} of step {state_of(path)['step']}" for what, path in found.items()) or "none yet"
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -38,6 +38,12 @@ def diverged(state: State, loss: float) -> bool:
     return mean > 1.5 * state.lowest + 1
 
 
+def rising(state: State) -> bool:
+    """Has the mean, or the last loss alone, gone a quarter of that way? A divergence may have begun."""
+    mean = sum(state.recent) / RECENT
+    return max(mean, *state.recent[-1:]) > 1.125 * state.lowest + 0.25
+
+
 def worn_out(state: State, patience: int | None) -> bool:
     """Were the last `patience` held-out losses no better than the best before them?"""
     since = [check for check in state.validation if check["step"] > state.best_step]

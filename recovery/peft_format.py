@@ -52,6 +52,8 @@ KNOWN = [
     "vera_dropout",
     "randlora_alpha",
     "randlora_dropout",
+    "sparse",
+    "very_sparse",
 ]
 SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # starts that leave the base's weights as they were
 

@@ -88,7 +88,9 @@ def _read_shared(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path)
     targets = tuple(dict.fromkeys(name.rpartition(".")[0] for name in ours))
     options: dict[str, Any] = {"method": method, "targets": targets, "rank": said["r"]}
     if kind == "RANDLORA":
-        options |= {"alpha": said["randlora_alpha"], "pairing": "peft"}
+        # PEFT looks at very_sparse first.
+        drawn = next((name for name in ("very_sparse", "sparse") if said.get(name)), "dense")
+        options |= {"alpha": said["randlora_alpha"], "pairing": "peft", "bases": drawn}
         bases["A"] = bases["A"][:, 0]
         for name, tensor in ours.items():
             if name.endswith(".lambda"):

@@ -98,4 +98,5 @@ def _randlora(methods: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, method in methods.items():
         tensors[f"{PREFIX}{name}.randlora_lambda"] = method.trainable["lambda"].T / math.sqrt(method.count)
         tensors[f"{PREFIX}{name}.randlora_gamma"] = method.trainable["gamma"]
-    return {"peft_type": "RANDLORA", "r": rank, "randlora_alpha": alpha, "save_projection": True}, tensors
+    drawn = {first.config.bases: True} if first.config.bases != "dense" else {}
+    return {"peft_type": "RANDLORA", "r": rank, "randlora_alpha": alpha, "save_projection": True, **drawn}, tensors

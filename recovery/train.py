@@ -141,7 +141,7 @@ class _Run:
         """Write the checkpoint from which a stopped run goes on."""
         tensors = {**self._tensors(), **checkpoints.moments(self.optimizer, self.parameters)}
         described = {"config": self._described(), "adapter": self.adapter, "fitted": self.fitted, **asdict(self.state)}
-        checkpoints.write(self.scratch / checkpoints.LAST, tensors, described)
+        checkpoints.keep(self.scratch, tensors, described, history.rising(self.state))
 
     def finish(self) -> dict[str, Any]:
         """Put the best adapter back and say how it went."""
@@ -229,15 +229,10 @@ class _Run:
                 checkpoints.write(self.scratch / checkpoints.BEST, self._tensors(), {"step": state.step, "loss": loss})
 
     def _fail(self, what: str, batch: Sequence[Row]) -> None:
-        good = [
-            f"{path} of step {checkpoints.state_of(path)['step']}"
-            for name in (checkpoints.LAST, checkpoints.BEST)
-            if (path := self.scratch / name).is_file()
-        ]
         rows = f"rows {self.state.rows + 1} to {self.state.rows + len(batch)}"
         raise RuntimeError(
             f"the loss {what} at step {self.state.step + 1} ({rows}); last good checkpoint: "
-            f"{', best adapter: '.join(good) or 'none yet'}. Lower recovery.learning_rate or the adapter's alpha"
+            f"{checkpoints.good(self.scratch)}. Lower recovery.learning_rate or the adapter's alpha"
         )
 
     def _before(self) -> dict[str, Any] | None:

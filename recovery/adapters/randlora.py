@@ -10,6 +10,9 @@ rebuilt from the seed: uniform, Kaiming with a = sqrt 5, divided by their own st
 bases and more parameters, n (rank + dmin). s = alpha / rank / sqrt(n) with alpha = 2 rank unless given: 2 / sqrt(n),
 each layer with its own n. Merge: W + dW.
 
+`bases: sparse` and `very_sparse` draw -1, 0 and 1 instead: each sign with probability 1/6, or 1 / (2 sqrt dmin), the
+paper's s = 6 and s = 2 sqrt dmin. They cost and weigh as much as dense ones here.
+
 Ours: bases are sized by the largest dmin and dmax that occur (PEFT: by the largest in and out, which is more), and
 computed with in the model's dtype. `pairing: peft` combines bases and scales in the order of PEFT and the official
 code, a different function with the same distribution; adapters are exchanged with PEFT that way.
@@ -23,7 +26,8 @@ weight M = dy^T x (transposed when in > out) is summed over them and brought to 
 T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
 3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
 weights, and one of their gradients where there are several micro-batches. Not fused, all but lambda and gamma is
-computed again in the backward pass instead of kept; weights that are sharded, as by FSDP, or of few bits need that.
+computed again in the backward pass instead of kept; weights of few bits need that. Sharded weights (FSDP) are never fused: every
+process would keep the whole model.
 """
 
 from __future__ import annotations
@@ -50,7 +54,10 @@ class Config(AdapterConfig, frozen=True):
     rank: int = Field(default=32, ge=1, description="inner size of one basis pair; smaller means more parameters")
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; null is 2 rank, the paper's")
     pairing: Literal["paper", "peft"] = Field(default="paper", description="which scale meets which basis column")
-    fused: bool = Field(default=True, description="multiply by merged weights; false: sharded weights, less memory")
+    bases: Literal["dense", "sparse", "very_sparse"] = Field(
+        default="dense", description="uniform, or of -1, 0 and 1 with a third or 1 / sqrt(width) of them not 0"
+    )
+    fused: bool = Field(default=True, description="multiply by merged weights (not if sharded); false: less memory")
 
     def few_bits_refusal(self) -> str | None:
         return "randlora keeps a full copy of merged weights; set its `fused` to false" if self.fused else None
@@ -77,9 +84,14 @@ class Method(Adapter[Config]):
         smaller = max(min(layer.outputs, layer.inputs) for layer in layers)
         larger = max(max(layer.outputs, layer.inputs) for layer in layers)
         generator = generator_of(seed)
-        # Dividing by the standard deviation undoes any Kaiming bound, so the bound need not be put in first.
         down = random_uniform((config.rank, smaller), 1.0, generator)
         up = random_uniform((larger, math.ceil(smaller / config.rank), config.rank), 1.0, generator)
+        if config.bases != "dense":
+            filled = 1 / 3 if config.bases == "sparse" else 1 / math.sqrt(smaller)
+            down, up = (basis.sign() * (basis.abs() > 1 - filled) for basis in (down, up))
+            if not down.any():
+                raise ValueError(f"{config.bases} bases of rank {config.rank} came out as zeros: take bases: dense")
+        # Dividing by the standard deviation undoes any Kaiming bound, so the bound need not be put in first.
         return Tensors(bases={"A": down / down.std(), "B": up / up.std()})
 
     def scale(self) -> float:
@@ -148,7 +160,9 @@ class Method(Adapter[Config]):
         """Is the merged weight the cheaper way? What was computed before plays no part: a resumed run goes the same."""
         from torch import is_grad_enabled
 
-        if not (self.config.fused and weight.is_floating_point()):
+        from recovery import parallel
+
+        if not self.config.fused or parallel.sharded() or not weight.is_floating_point():
             return False
         tokens = self.step_tokens or x.numel() // x.shape[-1]
         cheaper = tokens * (self.larger + 3 * self.smaller) > 2 * self.larger * self.smaller

@@ -1,3 +1,5 @@
+import itertools
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, mon
     assert config.name == path.stem
     text = path.read_text(encoding="utf-8")
     assert all(f"# {word}" in text for word in ("For: ", "Needs: ", "Command: ", "Override: "))
+    advised = shlex.split(next(line for line in text.splitlines() if line.startswith("# Override: regrow run")))
+    overrides = [value for flag, value in itertools.pairwise(advised) if flag == "--set"]
+    assert config_file.load(path, overrides) != config
     found = steps(path, store=tmp_path)
     labels = [step.label for step in found]
     scored = len(config.evaluation.suites) + len(config.evaluation.perplexity)

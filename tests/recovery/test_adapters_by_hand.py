@@ -50,6 +50,34 @@ def test_randlora_by_hand() -> None:
     assert float(bases["B"].std()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "filled"), [("sparse", 1 / 3), ("very_sparse", 1 / 20)])
+def test_randlora_ternary_bases(kind: str, filled: float) -> None:
+    """-1, 0 and 1 over their standard deviation, each sign as often as the other."""
+    config = adapters.load("randlora").Config(rank=20, bases=kind)
+    layers = [Layer("x", torch.zeros(500, 400), 0)]
+    bases = adapters.load("randlora").Method.share(config, layers, 0).bases
+    for basis in bases.values():
+        values = basis.unique()
+        assert len(values) == 3
+        assert values[1] == 0
+        close(values[2], -values[0])
+        assert float(basis.std()) == pytest.approx(1, abs=1e-5)
+        for sign in (values[0], values[2]):
+            share = float((basis == sign).float().mean())
+            assert share == pytest.approx(filled / 2, abs=4 * (filled / 2 / basis.numel()) ** 0.5)
+
+
+def test_randlora_bases_of_zeros_are_refused() -> None:
+    config = adapters.load("randlora").Config(rank=1, bases="very_sparse")  # four entries, half of them not 0
+
+    def draw() -> None:
+        for seed in range(1000):
+            adapters.load("randlora").Method.share(config, [Layer("x", torch.zeros(4, 4), 0)], seed)
+
+    with pytest.raises(ValueError, match="very_sparse bases of rank 1 came out as zeros"):
+        draw()
+
+
 def test_dora_leaves_rows_of_zeros_alone() -> None:
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     made = adapters.load("dora").Method(adapters.load("dora").Config(rank=1, alpha=1), Layer("x", weight, 0), Tensors())

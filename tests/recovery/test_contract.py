@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
 from recovery import adapters, inject
 from recovery.base import Layer, seed_of
 from recovery.merge import largest_difference, merge
@@ -19,7 +20,7 @@ from recovery.merge import largest_difference, merge
 METHODS = adapters.names()
 OPTIONS: list[dict[str, Any]] = [{"method": name} for name in METHODS if name not in ("lora_mini", "lorta")]
 OPTIONS += [{"method": "lora_mini", "a": 16, "b": 16, "alpha": 8}, {"method": "lorta", "rank": 16, "alpha": 64}]
-OPTIONS += [{"method": "randlora", "pairing": "peft"}, {"method": "mora", "kind": "share"}]
+OPTIONS += [{"method": "randlora", "pairing": "peft", "bases": "sparse"}, {"method": "mora", "kind": "share"}]
 RATES = {"edora": 0.03, "increlora": 0.03, "lorta": 0.03, "vera": 0.03}  # few parameters, or a start at rank 1
 SHAPES = [(32, 32), (48, 32), (32, 48), (7, 13), (13, 7), (5, 1), (1, 6)]  # out, in: square, tall, wide, odd, thin
 
@@ -91,13 +92,20 @@ def test_start_is_exact_and_only_adapters_train(options: dict[str, Any], tiny_mo
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_merge_is_exact_and_refused_twice(options: dict[str, Any], tiny_model: LlamaForCausalLM) -> None:
-    ids = ids_for(tiny_model)
-    plain = copy.deepcopy(tiny_model)
-    inject.attach(tiny_model, config_of(options), seed=0)
-    shake(list(inject.trainable(tiny_model).values()), 0.05)
-    adapted = tiny_model(ids).logits
-    merged, difference = merge(tiny_model, ids)
+def test_merge_is_exact_and_refused_twice(options: dict[str, Any], tiny_config: LlamaConfig) -> None:
+    """On a model that was pruned to layers of different widths, heads and groups."""
+    widths = {
+        "0": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 37},
+        "1": {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 48},
+    }
+    torch.manual_seed(0)
+    pruned = RegrowForCausalLM(RegrowConfig(**tiny_config.to_dict(), per_layer_config=widths)).eval()
+    ids = ids_for(pruned)
+    plain = copy.deepcopy(pruned)
+    inject.attach(pruned, config_of(options), seed=0)
+    shake(list(inject.trainable(pruned).values()), 0.05)
+    adapted = pruned(ids).logits
+    merged, difference = merge(pruned, ids)
     assert difference is not None
     assert difference < 1e-5
     assert largest_difference(merged, lambda _: adapted, ids) == difference

@@ -187,13 +187,18 @@ def test_row_loss_is_the_sum_over_labels(
         expected += float(tiny_model(input_ids=torch.tensor([part.ids]), labels=labels).loss.detach()) * number
         count += number
     assert labelled([made]) == count
+    headed: list[int] = []
+    tiny_model.lm_head.register_forward_hook(lambda head, given, logits: headed.append(len(logits)))
     loss, number = row_loss(tiny_model, made)
+    assert headed == [count] != [len(made.ids) - 1]  # logits nowhere else
     assert number == count
     assert float(loss.detach()) == pytest.approx(expected, abs=1e-4)
     assert mean_loss(tiny_model, [made, made]) == pytest.approx(expected / count, abs=1e-5)
     (gradient,) = torch.autograd.grad(loss, [tiny_model.model.layers[0].mlp.up_proj.weight])
     monkeypatch.setattr("recovery.loss.CHUNK", 7)
+    headed.clear()
     chunked, _ = row_loss(tiny_model, made)
+    assert (sum(headed), max(headed)) == (count, 7)
     assert float(chunked.detach()) == pytest.approx(expected, abs=1e-4)
     (again,) = torch.autograd.grad(chunked, [tiny_model.model.layers[0].mlp.up_proj.weight])
     torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-6)

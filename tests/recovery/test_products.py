@@ -149,7 +149,7 @@ def test_merged_weight_is_formed_once_and_never_stale(tiny_model: LlamaForCausal
     check(1)
 
 
-def test_few_tokens_and_dropout_go_the_other_way() -> None:
+def test_few_tokens_dropout_and_sharded_weights_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     module = built("paper", (32, 32))
     assert type(module(normal(16, 32)).grad_fn).__name__ != "_MergedBackward"  # 2 * 32 * 32 / (4 * 32) = 16 tokens
     assert type(module(normal(17, 32)).grad_fn).__name__ == "_MergedBackward"
@@ -158,6 +158,16 @@ def test_few_tokens_and_dropout_go_the_other_way() -> None:
     dropping = built("paper", (32, 32), dropout=0.5)
     assert type(dropping(normal(100, 32)).grad_fn).__name__ != "_MergedBackward"
     assert type(dropping.eval()(normal(100, 32)).grad_fn).__name__ == "_MergedBackward"
+    # Sharded: whole merged weights would be the whole model in every process.
+    sharded = built("paper", (32, 32))
+    with monkeypatch.context() as patch:
+        patch.setattr("recovery.parallel.sharded", lambda: True)
+        x = normal(100, 32)
+        with torch.no_grad():
+            found = sharded.eval()(x)
+        assert type(sharded.train()(x).grad_fn).__name__ != "_MergedBackward"
+    assert sharded.method._formed is None
+    close(found, sharded(x), 1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: LlamaForCausalLM) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,7 @@ class Stop(KeyboardInterrupt):
     """What Ctrl-C raises."""
 
 
-@pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora", "gelora"])
+@pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora", "gelora", "increlora", "sora", "edora", "lorta"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -199,8 +200,14 @@ def test_a_loss_that_rises_far_stops_the_run(
     config = config_of(tokens=10_000, batch_tokens=128, validation={"fraction": 0})
     with pytest.raises(
         RuntimeError, match=r"has risen to .* from .* at step \d+ \(rows \d+ to \d+\); last good checkpoint"
-    ):
+    ) as raised:
         train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path, spoil)
+    named = re.search(r"last good checkpoint: (\S+) of step (\d+)", str(raised.value))
+    assert named
+    written = [line["loss"] for line in lines(tmp_path)]
+    first = next(step for step, loss in enumerate(written, 1) if loss > written[0] + 1)  # the model is spoilt by then
+    assert int(named[2]) < first
+    assert checkpoints.state_of(Path(named[1]))["step"] == int(named[2]) >= first - 5
 
 
 def test_patience_ends_a_run_and_the_best_adapter_is_kept(
