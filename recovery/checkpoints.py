@@ -28,7 +28,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 
 
 def keep(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rising: bool) -> None:
-    """Write the checkpoint a stopped run goes on from; while the loss is rising, the one from before stays beside it."""
+    """Write the checkpoint a stopped run goes on from; while the loss rises, the one from before stays beside it."""
     last, steady = folder / LAST, folder / STEADY
     if not rising:
         steady.unlink(missing_ok=True)

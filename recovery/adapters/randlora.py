@@ -26,8 +26,8 @@ weight M = dy^T x (transposed when in > out) is summed over them and brought to 
 T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
 3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
 weights, and one of their gradients where there are several micro-batches. Not fused, all but lambda and gamma is
-computed again in the backward pass instead of kept; weights of few bits need that. Sharded weights (FSDP) are never fused: every
-process would keep the whole model.
+computed again in the backward pass instead of kept; weights of few bits need that. Sharded weights (FSDP) are never
+fused: every process would keep the whole model.
 """
 
 from __future__ import annotations
