@@ -65,7 +65,10 @@ def trained(config: Path, store: str) -> tuple[list[dict[str, Any]], dict[str, t
 
 @pytest.mark.parametrize(
     ("launcher", "override"),
-    [("torchrun", "recovery.seed=0"), ("accelerate", "recovery.distillation={positions: all, top_k: 16}")],
+    [
+        ("torchrun", "recovery.adapter={method: randlora, rank: 4}"),  # fused: gradients are collected over passes
+        ("accelerate", "recovery.distillation={positions: all, top_k: 16}"),
+    ],
 )
 def test_two_processes_train_what_one_does(launcher: str, override: str, config: Path) -> None:
     alone = CliRunner().invoke(main, words(config, "one", override))
