@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning import criteria
-from pruning.allocation import allocate, keep_all, lowest_layers, plan_shapes, standardise
+from pruning.allocation import allocate, keep_all, lowest_layers, standardise
 from pruning.architecture import Architecture
 from pruning.compensation import cut_with
 from pruning.config import PruningConfig
 from pruning.statistics import measure
 from pruning.structures import Kept, KeptLayer, Scores, Vectors, architecture, count_parameters
 from pruning.surgery import target
+from pruning.widths import plan_shapes
 
 Progress = Callable[[int, int, str], None]
 

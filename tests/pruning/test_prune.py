@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pruning import checkpoint, criteria
-from pruning.allocation import plan_shapes
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
 from pruning.prune import PruneResult, foresee, prune
 from pruning.statistics import measure
 from pruning.structures import NORMS, count_parameters, decoder_layers
+from pruning.widths import plan_shapes
 
 
 def config_of(method: str = "llm_pruner", **options: Any) -> PruningConfig:
