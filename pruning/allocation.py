@@ -11,7 +11,7 @@ from torch import Tensor
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
 from pruning.structures import Kept, KeptLayer, Scores
-from pruning.widths import TOLERANCE, left_of, plan_shapes
+from pruning.widths import TOLERANCE, half_a_step, left_of, plan_shapes, shares_of
 
 
 def allocate(original: Architecture, now: Architecture, scores: Scores, config: PruningConfig, target: int) -> Kept:
@@ -58,10 +58,10 @@ def _keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, sur
 
 def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, target: int) -> Kept:
     """The lowest structures of all unprotected layers go; the best of each kind stays in every layer."""
-    first, last = config.protect.first, len(shape.layers) - config.protect.last
+    shares = shares_of(shape, config)
     order: list[tuple[float, int, int, str, int]] = []
     for index, layer in enumerate(shape.layers):
-        if not first <= index < last:
+        if not shares[index]:
             continue
         whole = shape.layer_parameters(layer)
         less = {
@@ -78,20 +78,23 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
         if cost / 2 <= surplus:
             surplus -= cost
             gone.add((index, kind, unit))
-    if surplus > TOLERANCE * shape.parameters():
-        raise ValueError(
-            f"ratio: {config.ratio} would leave layers empty: {surplus} parameters too many stay with one structure of "
-            f"each kind in every unprotected layer; lower it, or protect fewer layers"
-        )
     layers: list[KeptLayer] = []
     for index, layer in enumerate(shape.layers):
         ffn = [unit for unit in range(layer.ffn) if (index, "ffn", unit) not in gone]
-        if config.round_to > 1 and len(ffn) < layer.ffn:
+        if "ffn" in config.structures and config.round_to > 1 and shares[index]:
             keep = left_of(layer.ffn, 1 - len(ffn) / layer.ffn, True, config.round_to)
             ffn = _best(scores["ffn"][index], keep)
         groups = [unit for unit in range(layer.groups) if (index, "attention", unit) not in gone]
         heads = [group * layer.heads + head for group in groups for head in range(layer.heads)]
         layers.append(KeptLayer(index, ffn, groups, heads))
+    left = shape.with_layers([layer.shape for layer in layers])
+    surplus, step = left.parameters() - target, half_a_step(shape, shares, config)
+    if surplus > max(TOLERANCE * shape.parameters(), step):
+        rounded = f" (FFN channels rounded to {config.round_to})" if config.round_to > 1 else ""
+        raise ValueError(
+            f"ratio: {config.ratio} would leave layers empty: {surplus} parameters too many stay with one structure of "
+            f"each kind{rounded} in every unprotected layer; lower it, or protect fewer layers"
+        )
     return Kept(layers, list(range(shape.hidden)))
 
 

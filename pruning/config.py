@@ -91,7 +91,9 @@ class PruningConfig(Section):
     protect: Protect = Protect()
     depth: Depth | None = None
     steps: int = Field(default=1, ge=1, description="prune in so many equal steps, measuring anew before each")
-    round_to: int = Field(default=1, ge=1, description="kept FFN and hidden channels are a multiple of this")
+    round_to: int = Field(
+        default=1, ge=1, description="FFN and hidden channels left where any are cut: a multiple of this"
+    )
     compensation: CompensationOrName = Compensation()
     seed: int = 0
 

@@ -16,7 +16,7 @@ from pruning.config import PruningConfig
 from pruning.statistics import measure
 from pruning.structures import Kept, KeptLayer, Scores, Vectors, architecture, count_parameters
 from pruning.surgery import target
-from pruning.widths import plan_shapes
+from pruning.widths import plan_shapes, shares_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -109,6 +109,7 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
         raise ValueError(f"depth: {config.depth} takes {share:.1%} of the parameters, more than ratio: {config.ratio}")
     shapes, hidden = list(left.layers), shape.hidden
     if config.allocation == "global":
+        shares_of(left, config)  # for what it refuses
         first = shapes[0]
         groups = first.groups - (first.groups > 1 and "attention" in config.structures)
         ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn

@@ -4,9 +4,14 @@ A uniform allocation takes the same fraction of every kind of structure, as LLM-
 that fraction layer by layer. Groups and heads are few, so their numbers are rounded, and FFN channels (hidden
 channels, where no FFN channel is cut) make up the rest, which brings the parameters removed within half a percent of
 the model of what was asked.
+
+With `round_to` what stays of a cut width is the nearest multiple of it, and never more than the largest multiple that
+the width holds: of 100 channels 64 stay, not 100, if 64 is asked for. Half such a step is then allowed for. Layers that
+are not cut at all keep the width they have.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
@@ -19,13 +24,13 @@ def plan_shapes(shape: Architecture, config: PruningConfig, target: int) -> tupl
 
     Raises ValueError saying what could be reached where that is further than half a percent of the model off.
     """
-    shares = _shares(shape, config)
+    shares = shares_of(shape, config)
 
     def scaled(fraction: float, rounded: bool) -> tuple[list[LayerShape], int]:
         cut_hidden = "hidden" in config.structures
         hidden = left_of(shape.hidden, fraction, rounded, config.round_to) if cut_hidden else shape.hidden
         cut = [
-            _narrowed(layer, min(fraction * share, 1.0), config, rounded)
+            _narrowed(layer, min(fraction * share, 1.0), config, rounded) if share else layer
             for layer, share in zip(shape.layers, shares, strict=True)
         ]
         return cut, hidden
@@ -36,47 +41,63 @@ def plan_shapes(shape: Architecture, config: PruningConfig, target: int) -> tupl
 
         def refined(value: float) -> list[LayerShape]:
             return [
-                LayerShape(left_of(old.ffn, min(value * share, 1.0), True, config.round_to), new.groups, new.heads)
+                replace(new, ffn=left_of(old.ffn, min(value * share, 1.0), True, config.round_to)) if share else new
                 for old, new, share in zip(shape.layers, layers, shares, strict=True)
             ]
 
         fraction = _bisect(lambda value: shape.with_layers(refined(value), hidden).parameters(), target)
         layers = refined(fraction)
-    _check(shape, layers, hidden, shares, config, target, fraction)
+    _check(shape, shape.with_layers(layers, hidden), shares, config, target, fraction)
     return layers, hidden
 
 
 def _check(
     shape: Architecture,
-    layers: list[LayerShape],
-    hidden: int,
+    planned: Architecture,
     shares: list[float],
     config: PruningConfig,
     target: int,
     fraction: float,
 ) -> None:
     parameters = shape.parameters()
-    ratio, reached = 1 - target / parameters, 1 - shape.with_layers(layers, hidden).parameters() / parameters
+    ratio, reached = 1 - target / parameters, 1 - planned.parameters() / parameters
     emptied = [index for index, share in enumerate(shares) if fraction * share >= 1 and share > min(shares)]
     if emptied and config.allocation != "uniform":
         raise ValueError(f"allocation: a ratio of {ratio:.3f} would leave layer {emptied[0]} empty; lower its share")
-    finest = 0.0 if "ffn" in config.structures or hidden == shape.hidden else 0.5 / hidden  # half a hidden channel
-    if config.round_to == 1 and abs(reached - ratio) > max(TOLERANCE, finest):
+    slack = max(TOLERANCE, half_a_step(planned, shares, config) / parameters)
+    if abs(reached - ratio) > slack:
         least = [
-            _narrowed(layer, float(share > 0), config, True) for layer, share in zip(shape.layers, shares, strict=True)
+            _narrowed(layer, 1.0, config, True) if share else layer
+            for layer, share in zip(shape.layers, shares, strict=True)
         ]
-        smallest = shape.with_layers(least, 1 if "hidden" in config.structures else None)
-        most = 1 - smallest.parameters() / parameters
-        remedy = f"at most {most:.3f} can be removed" if ratio > most else "add ffn to structures"
+        narrowest = left_of(shape.hidden, 1.0, True, config.round_to) if "hidden" in config.structures else None
+        most = 1 - shape.with_layers(least, narrowest).parameters() / parameters
+        rounded = config.round_to > 1 and {"ffn", "hidden"} & set(config.structures)
+        rounding = f" with round_to: {config.round_to}" if rounded else ""
+        nearer = "lower round_to" if rounded else "add ffn to structures"
+        remedy = f"at most {most:.3f} can be removed{rounding}" if ratio > most else nearer
         chosen = sum(share > 0 for share in shares)
         raise ValueError(
-            f"ratio: {ratio:.3g} cannot be reached within {TOLERANCE} by cutting {' and '.join(config.structures)} "
+            f"ratio: {ratio:.3g} cannot be reached within {slack:.3g} by cutting {' and '.join(config.structures)} "
             f"in {chosen} of {len(shares)} layers: the nearest is {reached:.3f}; {remedy}"
         )
 
 
-def _shares(shape: Architecture, config: PruningConfig) -> list[float]:
-    """How strongly each layer is cut, relative to the others; protected layers are not."""
+def half_a_step(shape: Architecture, shares: list[float], config: PruningConfig) -> float:
+    """Parameters by which rounding the widths may miss: half a step of the kind that makes up the rest."""
+    if "ffn" in config.structures:
+        channel = shape.layer_parameters(LayerShape(1, 1, 1)) - shape.layer_parameters(LayerShape(0, 1, 1))
+        return config.round_to * channel * sum(share > 0 for share in shares) / 2
+    if "hidden" in config.structures:
+        return config.round_to * shape.parameters() / shape.hidden / 2
+    return 0.0
+
+
+def shares_of(shape: Architecture, config: PruningConfig) -> list[float]:
+    """How strongly each layer is cut, relative to the others; protected layers are not.
+
+    Raises ValueError where no layer is left to cut, and where a width holds no multiple of `round_to`.
+    """
     count, first, last = len(shape.layers), config.protect.first, config.protect.last
     if first + last >= count:
         raise ValueError(f"protect: first {first} and last {last} leave none of {count} layers to prune")
@@ -86,6 +107,13 @@ def _shares(shape: Architecture, config: PruningConfig) -> list[float]:
     shares = [share if first <= index < count - last else 0.0 for index, share in enumerate(shares)]
     if not any(shares):
         raise ValueError("allocation: every layer's share is zero")
+    cut = [layer.ffn for layer, share in zip(shape.layers, shares, strict=True) if share]
+    for kind, width in (("ffn", min(cut)), ("hidden", shape.hidden)):
+        if kind in config.structures and width < config.round_to:
+            raise ValueError(
+                f"round_to: {config.round_to} is more than the {width} {kind} channels there are, so none could stay; "
+                f"set it to {width} or less"
+            )
     return shares
 
 
@@ -103,9 +131,8 @@ def left_of(count: int, fraction: float, rounded: bool, multiple: int = 1) -> in
     """How many of `count` structures stay when a fraction goes."""
     if not rounded:
         return count * (1 - fraction)  # pyright: ignore[reportReturnType]
-    if fraction == 0:
-        return count
-    return min(count, max(1, multiple, round(count * (1 - fraction) / multiple) * multiple))
+    steps = round(count * (1 - fraction) / multiple)
+    return multiple * min(count // multiple, max(1, steps))
 
 
 def _bisect(parameters: Callable[[float], float], target: float) -> float:

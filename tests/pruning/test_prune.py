@@ -242,6 +242,42 @@ def test_kept_widths_are_rounded_when_asked():
     assert hidden < 576
 
 
+def test_what_stays_of_a_cut_width_is_a_multiple_even_where_the_width_is_none(random_model: Any):
+    widths = SMOL.with_layers([LayerShape(100, 3, 3)] * 30)
+    settings = config_of(structures=("ffn",), round_to=64)
+    target = widths.with_layers([LayerShape(70, 3, 3)] * 30).parameters()
+    assert plan_shapes(widths, settings, target)[0] == [LayerShape(64, 3, 3)] * 30
+    protected = config_of(structures=("ffn",), round_to=64, shape="free", protect={"first": 1, "last": 0})
+    assert plan_shapes(widths, protected, target)[0] == [LayerShape(100, 3, 3)] + [LayerShape(64, 3, 3)] * 29
+    with pytest.raises(ValueError, match=r"round_to: 128 is more than the 100 ffn channels .* set it to 100 or less"):
+        plan_shapes(widths, config_of(structures=("ffn",), round_to=128), target)
+    almost_whole = widths.with_layers([LayerShape(98, 3, 3)] * 30).parameters()
+    with pytest.raises(ValueError, match="lower round_to"):
+        plan_shapes(widths, settings, almost_whole)
+    ranked = config_of("random", shape="gguf", allocation="global", structures=("ffn",), round_to=20, ratio=0.2)
+    assert {layer["ffn"] % 20 for layer in prune(random_model(), None, ranked).report["layers"]} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "message"),
+    [
+        ({"shape": "gguf", "structures": ("ffn",)}, 0.9, "at most 0.580 can be removed with round_to: 32"),
+        ({"round_to": 256, "structures": ("hidden",)}, 0.9, "the nearest is 0.556; at most 0.556 can be removed"),
+        ({"round_to": 32, "structures": ("attention",)}, 0.01, "add ffn to structures"),
+    ],
+    ids=str,
+)
+def test_a_ratio_is_refused_where_rounding_keeps_it_out_of_reach(options: dict[str, Any], ratio: float, message: str):
+    with pytest.raises(ValueError, match=message):
+        plan_shapes(SMOL, config_of(ratio=ratio, **options), round((1 - ratio) * SMOL.parameters()))
+
+
+def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model: Any):
+    settings = config_of("random", ratio=0.35, shape="gguf", allocation="global", structures=("ffn",))
+    with pytest.raises(ValueError, match=r"with one structure of each kind \(FFN channels rounded to 32\)"):
+        prune(random_model(), None, settings)
+
+
 def sizes(kind: str) -> list[int]:
     return {"hidden": [32], "layers": [4], "ffn": [48] * 4, "attention": [4] * 4, "heads": [8] * 4}[kind]
 

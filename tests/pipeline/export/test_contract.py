@@ -20,7 +20,7 @@ CASES = [
     *((kind, {"structures": WIDTHS[name], "ratio": 0.3}) for kind in ("llama", "mistral", "qwen2", "qwen3")
       for name in WIDTHS),
     *((kind, {"structures": ("ffn",), "depth": {"layers": 1}, "ratio": 0.35}) for kind in ("llama", "qwen3")),
-    *((kind, {"shape": shape, "structures": ("ffn",), "protect": {"first": 1, "last": 1}, "ratio": 0.15})
+    *((kind, {"shape": shape, "structures": ("ffn",), "protect": {"first": 1, "last": 1}, "ratio": 0.1})
       for kind in ("llama", "mistral") for shape in ("free", "vllm", "gguf")),
     *(("llama", {"shape": shape, "allocation": "global", "ratio": 0.2}) for shape in ("free", "gguf")),
     ("llama", {"shape": "free", "allocation": "global", "ratio": 0.2, "method": "flap", "compensation": "bias"}),
