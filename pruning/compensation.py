@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from pruning.config import HELD_OUT, Compensation, PruningConfig
 from pruning.resident import give_back
+from pruning.statistics import refuse_not_finite
 from pruning.structures import WRITERS, Kept, KeptLayer, Vectors, decoder_layers
 from pruning.surgery import Cutter
 from pruning.walk import Walk, watch
@@ -46,7 +47,8 @@ def cut_with(
     """A new model with only the kept structures, compensated. Consumes `model`.
 
     `statistics`: `bias` needs `activations`; `input_ids` [samples, length]: what `least_squares` runs on. Raises
-    ValueError, with nothing cut, when no class can hold the result.
+    ValueError, with nothing cut, when no class can hold the result; and in a layer whose activations are not finite,
+    when the layers before it are cut.
     """
     compensation = config.compensation
     if compensation.method == "least_squares" and compensation.ridge == "auto":
@@ -100,6 +102,8 @@ def _refit(
         keep = keeps.get(index)
         if keep is None:
             continue
+        for name in WRITERS:
+            _refuse_not_finite(dense_seen[name], index, name)
         cutter.cut_layer(layer, keep)
         for writer, name in enumerate(WRITERS):
             outputs = [output for _, output in dense_seen.pop(name)]
@@ -108,6 +112,7 @@ def _refit(
             with watch(layer, (name,)) as seen:
                 for hidden in pruned:
                     walk.run_half(index, writer, hidden)
+            _refuse_not_finite(seen[name], index, name)  # float16 may hold the dense model's and not the pruned one's
             inputs = [values for values, _ in seen[name]]
             targets: list[Tensor] = []
             for output, h, k in zip(outputs, before, pruned, strict=True):
@@ -119,6 +124,11 @@ def _refit(
         give_back()
     progress(len(walk.layers), len(walk.layers), "least squares")
     return cutter.assemble()
+
+
+def _refuse_not_finite(seen: list[tuple[Tensor, Tensor]], index: int, name: str) -> None:
+    for values in (part for pair in seen for part in pair):
+        refuse_not_finite(values, f"activations of layers.{index}.{name}", "nothing was saved")
 
 
 def _fit(

@@ -32,12 +32,17 @@ def measure(
         found |= functions[statistic.name](model, input_ids, progress=progress, **dict(statistic.options))
     found = {name: values.cpu() for name, values in found.items()}
     for name, values in found.items():
-        if bad := int((~torch.isfinite(values)).sum()):
-            raise ValueError(
-                f"calibration: {bad} of {values.numel()} numbers of {name} are not finite; nothing was cut. "
-                "Look for damaged weights, or prune in bfloat16 or float32 instead of float16"
-            )
+        refuse_not_finite(values, f"numbers of {name}", "nothing was cut")
     return found
+
+
+def refuse_not_finite(values: Tensor, what: str, done: str) -> None:
+    """Raises ValueError saying what is not finite, and what was `done` until then."""
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise ValueError(
+            f"calibration: {bad} of {values.numel()} {what} are not finite; {done}. "
+            "Look for damaged weights, or prune in bfloat16 or float32 instead of float16"
+        )
 
 
 @torch.no_grad()

@@ -92,6 +92,23 @@ def test_few_windows_cannot_judge_a_ridge(random_model: Any, ids: torch.Tensor):
         pruned(random_model(), ids, compensation="least_squares")
 
 
+@pytest.mark.parametrize(("name", "layer"), [("self_attn.v_proj", 0), ("mlp.up_proj", 2)])
+def test_activations_that_are_not_finite_are_named_before_their_layer_is_cut(
+    random_model: Any, ids: torch.Tensor, name: str, layer: int
+):
+    model = random_model()
+    broken = model.get_decoder().layers[layer].get_submodule(name)
+    with torch.no_grad():
+        broken.weight[3, 3] = torch.nan
+    config = criteria.load("random").Config(ratio=0.15, compensation={"method": "least_squares", "ridge": 0.1})
+    writer = "self_attn.o_proj" if name.startswith("self_attn") else "mlp.down_proj"
+    with pytest.raises(
+        ValueError, match=rf"activations of layers\.{layer}\.{writer} are not finite; nothing was saved"
+    ):
+        prune(model, ids, config)
+    assert broken.out_features == random_model().get_decoder().layers[layer].get_submodule(name).out_features
+
+
 @pytest.mark.parametrize("structures", [("ffn",), ("hidden",), ("layers",)])
 def test_least_squares_brings_the_logits_nearer_to_the_dense_ones(
     random_model: Any, ids: torch.Tensor, structures: tuple[str, ...]
