@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.errors import ConfigError
 from pipeline.keys import differences
 from pipeline.report import read_results
 from pipeline.sources import Sources
@@ -54,11 +55,20 @@ def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
         return None
     from pruning.memory import peak_bytes
 
+    shape = shape_of(config, said)
     text, own = config.calibration, config.pruning.compensation
     windows = (text.samples, text.length) if text else (0, 0)
     others = (own.samples or windows[0], own.length or windows[1])
     width = 4 if config.model.dtype == "float32" else 2
-    return peak_bytes(Architecture.read(said), width, config.pruning, windows, others)
+    return peak_bytes(shape, width, config.pruning, windows, others)
+
+
+def shape_of(config: RunConfig, said: dict[str, Any]) -> Architecture:
+    """The shape of the model whose config.json says this. Raises ConfigError where it contradicts itself."""
+    try:
+        return Architecture.read(said)
+    except ValueError as error:
+        raise ConfigError(f"model.source: {config.model.source}: {error}") from error
 
 
 def until(steps: list[Step], stage: str | None) -> list[Step]:

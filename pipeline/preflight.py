@@ -11,6 +11,7 @@ from evaluation.suites import check_rows
 from pipeline import rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
+from pipeline.plan import shape_of
 from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources
 from pipeline.steps import Step
@@ -82,6 +83,7 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
 
     assert config.pruning is not None
     said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    shape_of(config, said)
     try:
         foresee(said, config.pruning)
     except ValueError as error:

@@ -35,15 +35,24 @@ class Architecture:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Architecture":
-        """From the entries of a `config.json`, per-layer widths included."""
+        """From the entries of a `config.json`, per-layer widths included.
+
+        Raises ValueError where query heads cannot be divided among a layer's key-value groups.
+        """
         kind = config["model_type"]
         heads = config["num_attention_heads"]
         own = {int(index): entry for index, entry in (config.get("per_layer_config") or {}).items()}
         layers: list[LayerShape] = []
         for index in range(config["num_hidden_layers"]):
             said = {**config, **own.get(index, {})}
-            groups = said.get("num_key_value_heads") or said["num_attention_heads"]
-            layers.append(LayerShape(said["intermediate_size"], groups, said["num_attention_heads"] // groups))
+            queries = said["num_attention_heads"]
+            groups = said.get("num_key_value_heads") or queries
+            if queries % groups:
+                raise ValueError(
+                    f"config.json: num_attention_heads: {queries} of layer {index} cannot be divided among "
+                    f"num_key_value_heads: {groups}; every key-value head serves equally many, so one of them is wrong"
+                )
+            layers.append(LayerShape(said["intermediate_size"], groups, queries // groups))
         attention_bias = bool(config.get("attention_bias")) and kind != "mistral"
         return cls(
             hidden=config["hidden_size"],

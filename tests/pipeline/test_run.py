@@ -249,6 +249,16 @@ def test_a_model_that_is_not_llama_like_is_refused_before_any_work(world: Path, 
     assert not list((world / "store").glob("[!.]*"))
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_heads_that_cannot_be_divided_are_told_of_the_model(world: Path, tiny_model: Any, command: str):
+    tiny_model.save_pretrained(world / "odd")
+    said = json.loads((world / "odd" / "config.json").read_text())
+    (world / "odd" / "config.json").write_text(json.dumps({**said, "num_key_value_heads": 3}))
+    result = regrow(command, "run.yaml", "--set", f"model.source=path:{world}/odd")
+    assert result.exit_code == 2
+    assert f"model.source: path:{world}/odd: config.json: num_attention_heads: 4 of layer 0 cannot" in result.stderr
+
+
 def test_weights_that_would_have_to_be_unpickled_are_refused(world: Path):
     (world / "dense" / "model.safetensors").rename(world / "dense" / "pytorch_model.bin")
     result = regrow("run", "run.yaml")

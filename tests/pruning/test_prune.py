@@ -220,6 +220,18 @@ SMOL = Architecture.read(
 )  # fmt: skip
 
 
+def test_query_heads_that_cannot_be_divided_among_the_groups_are_refused():
+    said = {
+        "model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 2,
+        "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 64,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="num_attention_heads: 9 of layer 0 cannot be divided among num_key_value_hea"):
+        Architecture.read(said)
+    own = {"1": {"num_attention_heads": 7, "num_key_value_heads": 3}}
+    with pytest.raises(ValueError, match="num_attention_heads: 7 of layer 1 cannot be divided"):
+        Architecture.read({**said, "num_key_value_heads": 3, "per_layer_config": own})
+
+
 @pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden",), ("hidden", "ffn")])
 @pytest.mark.parametrize("ratio", [0.05, 0.13, 0.2, 0.35, 0.5, 0.6])
 def test_the_ratio_is_hit_within_half_a_percent_of_the_model(ratio: float, structures: tuple[str, ...]):
