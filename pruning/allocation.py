@@ -14,8 +14,15 @@ from pruning.structures import Kept, KeptLayer, Scores
 from pruning.widths import TOLERANCE, half_a_step, left_of, plan_shapes, shares_of
 
 
-def allocate(original: Architecture, now: Architecture, scores: Scores, config: PruningConfig, target: int) -> Kept:
-    """What stays of a model of shape `now` so that `target` parameters are left.
+def allocate(
+    original: Architecture,
+    now: Architecture,
+    scores: Scores,
+    config: PruningConfig,
+    target: int,
+    whole: int | None = None,
+) -> Kept:
+    """What stays of a model of shape `now` so that `target` parameters are left, of the `whole` model's so many.
 
     Uniform shapes are planned from the `original` one, so that several steps end where one would. Raises ValueError,
     naming the layer or the ratio, for scores that are not finite and ratios that cannot be reached.
@@ -26,10 +33,10 @@ def allocate(original: Architecture, now: Architecture, scores: Scores, config: 
                 place = f"layer {index}: " if len(tensors) > 1 else ""
                 raise ValueError(f"{place}{bad} of {len(values)} {kind} scores are not finite; nothing was cut")
     if "layers" in config.structures:
-        return _keep_layers(now, scores["layers"][0], config, now.parameters() - target)
+        return keep_layers(now, scores["layers"][0], config, now.parameters() - target)
     if config.allocation == "global":
         return _rank_globally(now, scores, config, target)
-    shapes, hidden = plan_shapes(original, config, target)
+    shapes, hidden = plan_shapes(original, config, target, whole)
     return _fill(now, shapes, hidden, scores)
 
 
@@ -48,7 +55,8 @@ def lowest_layers(scores: Tensor, count: int, config: PruningConfig) -> list[int
     return sorted(set(range(len(scores))) - set(free[:count]))
 
 
-def _keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, surplus: int) -> Kept:
+def keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, surplus: int) -> Kept:
+    """The layers that stay when those with the lowest scores go, whose parameters come nearest to `surplus`."""
     size = sum(shape.layer_parameters(layer) for layer in shape.layers) / len(shape.layers)
     count = round(surplus / size)
     if count < 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning import criteria
-from pruning.allocation import allocate, keep_all, lowest_layers, standardise
+from pruning.allocation import allocate, keep_all, keep_layers, lowest_layers, standardise
 from pruning.architecture import Architecture
 from pruning.compensation import cut_with
 from pruning.config import PruningConfig
@@ -58,7 +58,7 @@ def prune(
         raise ValueError(f"{config.method} needs calibration tokens")
     model.eval()
     goal, kept = round((1 - config.ratio) * before), keep_all(original)
-    start, shape, planned = before, original, original
+    shape = planned = original
     for step in range(config.steps):
         model = again(model) if step else model
         if statistics is None:
@@ -67,11 +67,11 @@ def prune(
         if step == 0 and config.depth:
             ranked = criteria.load(config.depth.method).scores(model, statistics, config)
             staying = lowest_layers(ranked["layers"][0], config.depth.layers, config)
-            planned = _with_layers(original, staying)
-            start = planned.parameters()
+        if step == 0:
+            shape = planned = _start(original, staying, config, goal)
         scores = _scores(model, statistics, config, staying)
-        target_now = start - round((start - goal) * (step + 1) / config.steps)
-        found = allocate(planned, _with_layers(shape, staying), scores, config, target_now)
+        target_now = planned.parameters() - round((planned.parameters() - goal) * (step + 1) / config.steps)
+        found = allocate(planned, shape, scores, config, target_now, before)
         found = Kept([_renumbered(layer, staying) for layer in found.layers], found.hidden)
         ids = input_ids if compensation_ids is None else compensation_ids
         model = cut_with(model, found, config, statistics, ids, progress)
@@ -103,10 +103,7 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
     staying = list(range(len(shape.layers)))
     if config.depth:
         staying = lowest_layers(torch.zeros(len(staying)), config.depth.layers, config)
-    left = _with_layers(shape, staying)
-    if left.parameters() < goal:
-        share = 1 - left.parameters() / parameters
-        raise ValueError(f"depth: {config.depth} takes {share:.1%} of the parameters, more than ratio: {config.ratio}")
+    left = _start(shape, staying, config, goal)
     shapes, hidden = list(left.layers), shape.hidden
     if config.allocation == "global":
         shares_of(left, config)  # for what it refuses
@@ -115,14 +112,29 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
         ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn
         shapes[0] = replace(first, ffn=ffn, groups=groups)  # layers will differ
     elif "layers" in config.structures:
-        size = sum(shape.layer_parameters(layer) for layer in shapes) / len(shapes)
-        count = max(1, len(shapes) - round((left.parameters() - goal) / size))
-        shapes, staying = shapes[:count], staying[:count]
+        found = keep_layers(left, torch.zeros(len(shapes)), config, parameters - goal)
+        staying = [layer.index for layer in found.layers]
+        shapes = [shapes[index] for index in staying]
     else:
-        shapes, hidden = plan_shapes(left, config, goal)
+        shapes, hidden = plan_shapes(left, config, goal, parameters)
     biased, free = config.compensation.method == "bias", config.shape in ("free", "gguf")
     made, made_class = target(name, said, shapes, staying, hidden, biased, free)
     return {**made.to_dict(), "architectures": [made_class.__name__]}
+
+
+def _start(original: Architecture, staying: list[int], config: PruningConfig, goal: int) -> Architecture:
+    """What widths are cut from: the layers that stay.
+
+    Raises ValueError where the layers that go alone take more than is asked.
+    """
+    start = original.with_layers([original.layers[index] for index in staying])
+    if config.depth and start.parameters() < goal:
+        share = 1 - start.parameters() / original.parameters()
+        raise ValueError(
+            f"depth: layers: {config.depth.layers} takes {share:.1%} of the parameters, more than ratio: "
+            f"{config.ratio}; lower one or raise the other"
+        )
+    return start
 
 
 def _scores(model: PreTrainedModel, statistics: Vectors, config: PruningConfig, staying: list[int]) -> Scores:
@@ -133,10 +145,6 @@ def _scores(model: PreTrainedModel, statistics: Vectors, config: PruningConfig, 
         scores = standardise(scores)
     whole = ("hidden", "layers")  # kinds with one tensor for the model
     return {kind: found if kind in whole else [found[index] for index in staying] for kind, found in scores.items()}
-
-
-def _with_layers(shape: Architecture, indices: list[int]) -> Architecture:
-    return shape.with_layers([shape.layers[index] for index in indices])
 
 
 def _renumbered(layer: KeptLayer, staying: list[int]) -> KeptLayer:

@@ -19,10 +19,13 @@ from pruning.config import PruningConfig
 TOLERANCE = 0.005  # of the model's parameters
 
 
-def plan_shapes(shape: Architecture, config: PruningConfig, target: int) -> tuple[list[LayerShape], int]:
+def plan_shapes(
+    shape: Architecture, config: PruningConfig, target: int, whole: int | None = None
+) -> tuple[list[LayerShape], int]:
     """Each layer's shape and the hidden size once only `target` parameters are left, from sizes alone.
 
-    Raises ValueError saying what could be reached where that is further than half a percent of the model off.
+    `whole`: the parameters that ratios are shares of, where they are not those of `shape`. Raises ValueError saying
+    what could be reached where that is further than half a percent of the model off.
     """
     shares = shares_of(shape, config)
 
@@ -47,7 +50,7 @@ def plan_shapes(shape: Architecture, config: PruningConfig, target: int) -> tupl
 
         fraction = _bisect(lambda value: shape.with_layers(refined(value), hidden).parameters(), target)
         layers = refined(fraction)
-    _check(shape, shape.with_layers(layers, hidden), shares, config, target, fraction)
+    _check(shape, shape.with_layers(layers, hidden), shares, config, target, whole or shape.parameters(), fraction)
     return layers, hidden
 
 
@@ -57,21 +60,21 @@ def _check(
     shares: list[float],
     config: PruningConfig,
     target: int,
+    whole: int,
     fraction: float,
 ) -> None:
-    parameters = shape.parameters()
-    ratio, reached = 1 - target / parameters, 1 - planned.parameters() / parameters
+    ratio, reached = 1 - target / whole, 1 - planned.parameters() / whole
     emptied = [index for index, share in enumerate(shares) if fraction * share >= 1 and share > min(shares)]
     if emptied and config.allocation != "uniform":
         raise ValueError(f"allocation: a ratio of {ratio:.3f} would leave layer {emptied[0]} empty; lower its share")
-    slack = max(TOLERANCE, half_a_step(planned, shares, config) / parameters)
+    slack = max(TOLERANCE, half_a_step(planned, shares, config) / whole)
     if abs(reached - ratio) > slack:
         least = [
             _narrowed(layer, 1.0, config, True) if share else layer
             for layer, share in zip(shape.layers, shares, strict=True)
         ]
         narrowest = left_of(shape.hidden, 1.0, True, config.round_to) if "hidden" in config.structures else None
-        most = 1 - shape.with_layers(least, narrowest).parameters() / parameters
+        most = 1 - shape.with_layers(least, narrowest).parameters() / whole
         rounded = config.round_to > 1 and {"ffn", "hidden"} & set(config.structures)
         rounding = f" with round_to: {config.round_to}" if rounded else ""
         nearer = "lower round_to" if rounded else "add ffn to structures"

@@ -380,7 +380,9 @@ def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any]
         ("qwen2", {"compensation": "bias"}, "no bias on o_proj and down_proj"),
         ("qwen3", {"shape": "free", "allocation": "global"}, "set shape: uniform"),
         ("llama", {"depth": {"layers": 4}}, "one has to stay"),
-        ("llama", {"depth": {"layers": 3}}, "more than ratio: 0.2"),
+        ("llama", {"depth": {"layers": 3}}, r"depth: layers: 3 takes \d+\.\d% of the parameters, more than ratio: 0.2"),
+        ("llama", {"structures": ("layers",), "ratio": 0.9}, "of 4 layers cannot go"),
+        ("llama", {"structures": ("layers",), "ratio": 0.01}, "less than half a layer"),
     ],
     ids=str,
 )
@@ -391,10 +393,9 @@ def test_what_cannot_be_done_is_foreseen_from_the_config_and_refused_by_the_cut(
     before = model(input_ids=ids).logits
     with pytest.raises(ValueError, match=message):
         foresee({**model.config.to_dict(), "architectures": [type(model).__name__]}, settings)
-    if "depth" not in options:
-        with pytest.raises(ValueError, match=message):
-            prune(model, ids, settings)
-        assert torch.equal(model(input_ids=ids).logits, before)
+    with pytest.raises(ValueError, match=message):
+        prune(model, ids, settings)
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_what_only_the_weights_show_is_refused_with_nothing_cut(random_model: Any, ids: torch.Tensor):
