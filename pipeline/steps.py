@@ -149,8 +149,11 @@ def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any], statistic
     method = criteria.load(config.pruning.method)
     # Calibration text is part of the statistics' keys; here only what pruning itself runs on it counts.
     text = config.calibration if config.pruning.runs_on_text else None
+    # Only what adds biases has changed since version 2: they count in the ratio.
+    biased = {"bias_version": 2} if config.pruning.compensation.method == "bias" else {}
     return {
         **_head("prune"),
+        **biased,
         "method_version": method.VERSION,
         "config": config.pruning.model_dump(mode="json"),
         "calibration": rows.material(sources, text) if text else None,

@@ -70,6 +70,10 @@ class Architecture:
         """The same architecture with other layers, and another hidden size if given."""
         return replace(self, layers=tuple(layers), hidden=self.hidden if hidden is None else hidden)
 
+    def with_biases(self) -> "Architecture":
+        """The same architecture with a bias on every projection."""
+        return replace(self, qkv_bias=True, output_bias=True, mlp_bias=True)
+
     def layer_parameters(self, shape: LayerShape) -> int:
         """Parameters of one decoder layer."""
         d, size = self.hidden, self.head_dim

@@ -123,7 +123,7 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
 
 
 def _start(original: Architecture, staying: list[int], config: PruningConfig, goal: int) -> Architecture:
-    """What widths are cut from: the layers that stay.
+    """What widths are cut from: the layers that stay, with the biases that the compensation will add.
 
     Raises ValueError where the layers that go alone take more than is asked.
     """
@@ -134,7 +134,7 @@ def _start(original: Architecture, staying: list[int], config: PruningConfig, go
             f"depth: layers: {config.depth.layers} takes {share:.1%} of the parameters, more than ratio: "
             f"{config.ratio}; lower one or raise the other"
         )
-    return start
+    return start.with_biases() if config.compensation.method == "bias" else start
 
 
 def _scores(model: PreTrainedModel, statistics: Vectors, config: PruningConfig, staying: list[int]) -> Scores:

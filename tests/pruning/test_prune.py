@@ -349,6 +349,22 @@ def test_several_steps_end_in_the_shape_of_one(random_model: Any, ids: torch.Ten
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"structures": ("ffn",)},
+        {"structures": ("ffn",), "steps": 3},
+        {"structures": ("ffn",), "depth": {"layers": 1}, "ratio": 0.3},
+        {"structures": ("ffn",), "allocation": "global", "shape": "free"},
+        {"structures": ("ffn",), "allocation": "global", "shape": "free", "steps": 2},
+    ],
+    ids=str,
+)
+def test_added_biases_count_in_the_ratio(random_model: Any, ids: torch.Tensor, options: dict[str, Any]):
+    report = prune(random_model(), ids, config_of("wanda", compensation="bias", **options)).report
+    assert report["ratio_reached"] == pytest.approx(options.get("ratio", 0.2), abs=0.005)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ratio": 1.2}, "less than 1"),
