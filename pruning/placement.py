@@ -1,23 +1,26 @@
 """Where a model's weights lie while it is pruned: on one device, over several GPUs, or on the CPU with visits.
 
     whole     everything on one device
-    spread    layers spread over all GPUs by accelerate (`infer_auto_device_map`)
+    spread    layers spread evenly over all GPUs by accelerate (`infer_auto_device_map`), `HEADROOM` of each left free
     offload   decoder layers stay in CPU memory; each visits the device when it runs and leaves when another one does
               (accelerate's `CpuOffload`); embedding, head and last norm stay on the device
 
 Pruning runs a model layer by layer (`walk`), so with `offload` the device holds one layer, the ends and the residual
-streams, whatever the model's size. Nothing here has run on a GPU; the hooks are tested on the CPU.
+streams, whatever the model's size. Hooks end with the model they were put on: what is cut from it is placed anew.
+Nothing here has run on a GPU; the hooks are tested on the CPU.
 """
 
 from typing import Any, Literal
 
 from accelerate import cpu_offload_with_hook, dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 from transformers import PreTrainedModel
 
 from pruning.structures import decoder_layers
 
 Placement = Literal["whole", "spread", "offload"]
+HEADROOM = 0.2  # of a GPU's free memory: residual streams, and the activations and gradients of one layer
 
 
 def place(model: PreTrainedModel, placement: Placement, device: str) -> PreTrainedModel:
@@ -29,7 +32,10 @@ def place(model: PreTrainedModel, placement: Placement, device: str) -> PreTrain
         return _offload(model, device)
     if placement == "spread":
         kept_together = [type(decoder_layers(model)[0]).__name__]
-        places = infer_auto_device_map(model, no_split_module_classes=kept_together)
+        room: dict[int | str, int | str] = {
+            where: int(size * (1 - HEADROOM)) for where, size in get_max_memory().items()
+        }
+        places = infer_auto_device_map(model, get_balanced_memory(model, room, kept_together), kept_together)
         if outside := [name for name, where in places.items() if where in ("cpu", "disk")]:
             raise ValueError(
                 f"runtime.placement: spread: {len(outside)} modules ({outside[0]}, ...) find no room on the GPUs; "

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -168,8 +169,9 @@ class Cutter:
             new = self.model_class(self.config)  # pyright: ignore[reportCallIssue]
         new.load_state_dict(state, assign=True)
         new.tie_weights()
-        # Rotary frequencies are not part of the state: take them over from the old model, where they are real.
-        new.get_decoder().rotary_emb = decoder.rotary_emb
+        # Rotary frequencies are not part of the state: take them over from the old model, where they are real, but not
+        # what sends them where that model was placed.
+        new.get_decoder().rotary_emb = remove_hook_from_module(decoder.rotary_emb, recurse=True)
         new.generation_config = model.generation_config
         if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
             raise RuntimeError(f"{self.model_class.__name__}: a weight was not carried over")

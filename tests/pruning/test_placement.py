@@ -1,9 +1,8 @@
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import dispatch_model
 
 from pruning import criteria, placement
 from pruning.placement import place, visits
@@ -58,8 +57,46 @@ def test_a_layer_leaves_when_another_one_runs(random_model: Any, ids: torch.Tens
     assert all(parameter.is_meta for parameter in layers[2].parameters())
 
 
-def test_models_that_do_not_fit_the_gpus_are_refused(random_model: Any, monkeypatch: pytest.MonkeyPatch):
-    room = {0: 20_000, "cpu": 10**9}  # bytes: a GPU that holds one layer
-    monkeypatch.setattr(placement, "infer_auto_device_map", partial(infer_auto_device_map, max_memory=room))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "llm_pruner", "structures": ("hidden", "ffn"), "steps": 2},
+        {
+            "method": "wanda",
+            "structures": ("ffn",),
+            "compensation": {"method": "least_squares", "ridge": 0.1},
+            "depth": {"layers": 1},
+        },
+    ],
+    ids=str,
+)
+def test_a_model_spread_over_gpus_is_pruned_as_one_on_one_device(
+    random_model: Any, ids: torch.Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    placed: list[dict[str, Any]] = []
+
+    def dispatch(model: Any, places: dict[str, Any]) -> None:
+        """accelerate's hooks on every module, with the CPU in place of each GPU."""
+        placed.append(places)
+        dispatch_model(model, dict.fromkeys(places, "cpu"), force_hooks=True)
+
+    monkeypatch.setattr(placement, "get_max_memory", lambda: {0: 10**6, 1: 10**6, "cpu": 10**9})
+    monkeypatch.setattr(placement, "dispatch_model", dispatch)
+    config = criteria.load(options["method"]).Config(ratio=0.3, **options)
+    expected = prune(random_model(), ids, config)
+    model = place(random_model(), "spread", "cpu")
+    assert set(placed[0].values()) == {0, 1}  # though the first had room for all
+    assert hasattr(model.get_decoder().rotary_emb, "_hf_hook")
+    found = prune(model, ids, config, again=lambda cut: place(cut, "spread", "cpu"))
+    assert found.kept == expected.kept
+    assert not any(hasattr(module, "_hf_hook") for module in found.model.modules())
+    assert torch.equal(found.model(input_ids=ids).logits, expected.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("free", [20_000, 130_000], ids=["one layer", "all weights and no activations"])
+def test_models_that_do_not_fit_the_gpus_are_refused(random_model: Any, monkeypatch: pytest.MonkeyPatch, free: int):
+    model = random_model()
+    assert sum(p.nbytes for p in model.parameters()) < 2 * 130_000
+    monkeypatch.setattr(placement, "get_max_memory", lambda: {0: free, 1: free, "cpu": 10**9})
     with pytest.raises(ValueError, match="find no room on the GPUs; set it to offload"):
-        placement.place(random_model(), "spread", "cpu")
+        placement.place(model, "spread", "cpu")
