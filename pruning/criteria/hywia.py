@@ -1,4 +1,4 @@
-"""HyWIA-style: fine and coarse importance of a structure, fused adaptively.
+"""HyWIA-style, our construction: fine and coarse importance of a structure, fused adaptively.
 
 Paper: arXiv 2403.10799. Its equations are not published in reach; this is our construction, from what is known: Taylor
 importance of single weights (fine) and of whole structures (coarse), fused by an attention between the two. Within one

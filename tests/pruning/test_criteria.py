@@ -193,6 +193,10 @@ def test_shortened_orders_layers_by_the_loss_without_each(tiny_model: LlamaForCa
     assert float(found[1]) == pytest.approx(want, rel=1e-4)
 
 
+def test_hywia_is_listed_as_our_construction():
+    assert "our construction" in (criteria.load("hywia").__doc__ or "").splitlines()[0]
+
+
 def test_hywia_fuses_fine_and_coarse():
     fine, coarse = torch.rand(40, dtype=torch.double) + 0.1, torch.rand(40, dtype=torch.double) + 0.1
 
