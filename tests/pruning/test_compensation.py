@@ -12,6 +12,7 @@ from pruning import compensation, criteria
 from pruning.compensation import RIDGES, solve
 from pruning.prune import PruneResult, prune
 from pruning.statistics import measure
+from pruning.structures import architecture
 
 
 def pruned(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> PruneResult:
@@ -124,20 +125,50 @@ def test_least_squares_brings_the_logits_nearer_to_the_dense_ones(
     assert distance["least_squares"] < distance["none"]
 
 
-def test_the_bias_is_the_removed_channels_mean_contribution(random_model: Any, ids: torch.Tensor):
+@pytest.mark.parametrize("structures", [("ffn",), ("attention", "ffn"), ("heads", "ffn")])
+def test_the_bias_is_the_removed_inputs_mean_contribution(
+    random_model: Any, ids: torch.Tensor, structures: tuple[str, ...]
+):
     dense = random_model()
-    result = pruned(random_model(), ids, structures=("ffn",), compensation="bias")
-    (plain,) = [pruned(random_model(), ids, structures=("ffn",))]
+    result = pruned(random_model(), ids, structures=structures, shape="free", compensation="bias")
+    if structures != ("ffn",):
+        assert len(result.kept.layers[0].heads) < 8
     for index, keep in enumerate(result.kept.layers):
-        weight = dense.get_decoder().layers[index].mlp.down_proj.weight.detach().double().numpy()
-        mean = inputs_of(dense, ids, index, "mlp.down_proj").mean(0)
-        gone = [unit for unit in range(48) if unit not in keep.ffn]
-        mlp = result.model.get_decoder().layers[index].mlp
-        numpy.testing.assert_allclose(mlp.down_proj.bias.detach().numpy(), weight[:, gone] @ mean[gone], atol=1e-6)
-        assert torch.equal(mlp.down_proj.weight, plain.model.get_decoder().layers[index].mlp.down_proj.weight)
-        assert not mlp.up_proj.bias.any()
+        layer = result.model.get_decoder().layers[index]
+        kept = {
+            "self_attn.o_proj": [head * 8 + i for head in keep.heads for i in range(8)],
+            "mlp.down_proj": keep.ffn,
+        }
+        for name, columns in kept.items():
+            weight = dense.get_decoder().layers[index].get_submodule(name).weight.detach().double().numpy()
+            mean = inputs_of(dense, ids, index, name).mean(0)
+            gone = sorted(set(range(weight.shape[1])) - set(columns))
+            found = layer.get_submodule(name)
+            numpy.testing.assert_allclose(found.bias.detach().numpy(), weight[:, gone] @ mean[gone], atol=1e-6)
+            numpy.testing.assert_array_equal(found.weight.detach().numpy(), weight[:, columns].astype("float32"))
+        assert not layer.mlp.up_proj.bias.any()
     assert result.model.config.mlp_bias
     assert result.report["parameters_after"] == sum(p.numel() for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["bias", "least_squares"])
+def test_several_steps_compensate_each_cut_on_what_the_one_before_left(
+    random_model: Any, ids: torch.Tensor, method: str
+):
+    said = {"method": method, "ridge": 0.05}
+    options = {"structures": ("ffn",), "shape": "free", "compensation": said}
+    together = prune(random_model(), ids, criteria.load("wanda").Config(ratio=0.2, steps=2, **options))
+    dense = architecture(random_model())
+    start = dense.with_biases() if method == "bias" else dense
+    half = 1 - (start.parameters() + 0.8 * dense.parameters()) / 2 / dense.parameters()
+    first = prune(random_model(), ids, criteria.load("wanda").Config(ratio=half, **options))
+    left = together.report["parameters_after"] / first.report["parameters_after"]
+    second = prune(first.model, ids, criteria.load("wanda").Config(ratio=1 - left, **options))
+    assert second.report["layers"] == together.report["layers"]
+    for index, (whole, keep) in enumerate(zip(together.kept.layers, second.kept.layers, strict=True)):
+        assert whole.ffn == [first.kept.layers[index].ffn[unit] for unit in keep.ffn]
+    for name, weight in together.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], weight, rtol=0, atol=1e-6)
 
 
 def test_statistics_are_measured_once_and_other_text_serves_the_compensation(random_model: Any, ids: torch.Tensor):

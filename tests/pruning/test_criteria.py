@@ -167,12 +167,17 @@ def test_block_influence_is_one_minus_the_mean_cosine(tiny_model: LlamaForCausal
     with torch.no_grad():
         states = tiny_model.model(input_ids=IDS, output_hidden_states=True).hidden_states
     (found,) = scores_of(tiny_model, "block_influence")["layers"]
-    first = [
-        1 - sum(float(a @ b / (a.norm() * b.norm())) for a, b in zip(x.view(-1, 32), y.view(-1, 32), strict=True)) / 36
-        for x, y in ((states[0], states[1]),)
-    ]
-    assert float(found[0]) == pytest.approx(first[0], abs=1e-5)
+    # transformers' last hidden state is the one after the final norm; before it, it is the second layer's output.
+    outputs: list[torch.Tensor] = []
+    hook = tiny_model.model.layers[1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        tiny_model.model(input_ids=IDS)
+    hook.remove()
     assert len(found) == 2
+    for index, (x, y) in enumerate(((states[0], states[1]), (states[1], outputs[0]))):
+        tokens = zip(x.reshape(-1, 32), y.reshape(-1, 32), strict=True)
+        want = 1 - sum(float(a @ b / (a.norm() * b.norm())) for a, b in tokens) / 36
+        assert float(found[index]) == pytest.approx(want, abs=1e-5)
 
 
 def test_shortened_orders_layers_by_the_loss_without_each(tiny_model: LlamaForCausalLM):
