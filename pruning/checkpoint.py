@@ -8,15 +8,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.architecture import Architecture
-from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
 from pruning.placement import Placement, place
 from pruning.resident import own_weights
 from pruning.structures import Kept
+from pruning.surgery import FAMILIES
 
 STRUCTURES = "structures.json"
 
-RegrowConfig.register_for_auto_class()
-RegrowForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+OWN: dict[str, Any] = {own.__name__: own for _, own in FAMILIES}
+for own in OWN.values():
+    own.config_class.register_for_auto_class()
+    own.register_for_auto_class("AutoModelForCausalLM")
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -38,8 +40,7 @@ def load(
 
     Raises ValueError when weights and config do not fit each other.
     """
-    said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model_class: Any = RegrowForCausalLM if said.get("model_type") == RegrowConfig.model_type else AutoModelForCausalLM
+    model_class: Any = own_class(folder) or AutoModelForCausalLM
     model, info = model_class.from_pretrained(
         folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
     )
@@ -53,14 +54,16 @@ def load(
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer."""
-    said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    own = own_class(folder)
     # AutoTokenizer looks the model type up, and does not know ours.
-    config = (
-        RegrowConfig(**said)
-        if said.get("model_type") == RegrowConfig.model_type
-        else AutoConfig.from_pretrained(folder)
-    )
+    config = (own.config_class if own else AutoConfig).from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, config=config)
+
+
+def own_class(folder: Path | str) -> Any:
+    """Our class for layers of different widths where a folder's config.json names one, otherwise None."""
+    said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return OWN.get((said.get("architectures") or [""])[0])
 
 
 def write_structures(folder: Path, kept: Kept, original: Architecture) -> None:

@@ -11,30 +11,32 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from pruning.architecture import LayerShape
-from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.modeling_regrow import (
+    RegrowForCausalLM,
+    RegrowMistralForCausalLM,
+    RegrowQwen2ForCausalLM,
+    RegrowQwen3ForCausalLM,
+)
 from pruning.resident import give_back
 from pruning.structures import ATTENTION, FFN, NORMS, Kept, KeptLayer, architecture, decoder_layers
 
 _NAMES = ("model_type", "architectures", "auto_map", "per_layer_config")  # entries that are the old model's alone
-_STOCK: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "MistralForCausalLM": (MistralConfig, MistralForCausalLM),
-    "Qwen2ForCausalLM": (Qwen2Config, Qwen2ForCausalLM),
-    "Qwen3ForCausalLM": (Qwen3Config, Qwen3ForCausalLM),
-}
-LLAMA = ("LlamaForCausalLM", "MistralForCausalLM", "RegrowForCausalLM")
+# Every family's class of layers that are alike, and ours of layers that differ.
+FAMILIES: tuple[tuple[type[PreTrainedModel], type[PreTrainedModel]], ...] = (
+    (LlamaForCausalLM, RegrowForCausalLM),
+    (MistralForCausalLM, RegrowMistralForCausalLM),
+    (Qwen2ForCausalLM, RegrowQwen2ForCausalLM),
+    (Qwen3ForCausalLM, RegrowQwen3ForCausalLM),
+)
 
 
 def target(
@@ -49,8 +51,9 @@ def target(
     """Config and class of what is left of a model of class `name` and config entries `said`.
 
     `shapes` of the layers `staying`; `biased`: o_proj and down_proj get a bias; `free`: a class that stock transformers
-    does not have will do. It is the same stock class where that can hold the shape, Mistral's where Llama's config
-    refuses the head count, and RegrowForCausalLM for layers that differ. Raises ValueError when no class can.
+    does not have will do. It is the family's stock class where that can hold the shape, Mistral's where Llama's config
+    refuses the head count, and the family's own of `FAMILIES` for layers that differ. Raises ValueError when no class
+    can.
     """
     old_hidden = said["hidden_size"]
     head_dim = said.get("head_dim") or old_hidden // said["num_attention_heads"]
@@ -70,38 +73,38 @@ def target(
         said["max_window_layers"] = min(said["max_window_layers"], len(layers))
     if hidden < old_hidden:
         said["rms_norm_eps"] *= old_hidden / hidden
+    stock, own = next(pair for pair in FAMILIES if name in (made.__name__ for made in pair))
     if biased:
-        if name not in ("LlamaForCausalLM", "RegrowForCausalLM"):
+        if stock is not LlamaForCausalLM:
             raise ValueError(f"compensation: bias: {name} has no bias on o_proj and down_proj; use least_squares")
         said |= {"attention_bias": True, "mlp_bias": True}
+    said |= {key: max(layer[key] for layer in layers) for key in layers[0]}
+    widths = {"per_layer_config": {str(index): layer for index, layer in enumerate(layers)}}
     if any(layer != layers[0] for layer in layers):
-        if name not in LLAMA:
-            raise ValueError(f"shape: {name} has no class for layers of different widths; set shape: uniform")
-        widest = {key: max(layer[key] for layer in layers) for key in layers[0]}
-        return _own(said, widest, layers)
-    said |= layers[0]
-    if name not in ("LlamaForCausalLM", "RegrowForCausalLM"):
-        return _STOCK[name][0](**said), _STOCK[name][1]
-    if not hidden % said["num_attention_heads"]:
-        return LlamaConfig(**said), LlamaForCausalLM
+        windowed = 0 < (said.get("sliding_window") or 0) < said["max_position_embeddings"]
+        if not (free or stock is LlamaForCausalLM or (stock is MistralForCausalLM and not windowed)):
+            raise ValueError(
+                f"shape: {name}: the layers of different widths that vLLM knows are Llama's, without a window, norms "
+                "of q and k, or biases of q, k and v alone; set shape: free, or uniform"
+            )
+        return _config(own, said | widths), own
+    if stock is not LlamaForCausalLM or not hidden % said["num_attention_heads"]:
+        return _config(stock, said), stock
     if said.get("attention_bias") or said.get("mlp_bias"):
         if free:
-            return _own(said, layers[0], layers)
+            return _config(own, said | widths), own
         raise ValueError(
             f"{said['num_attention_heads']} heads do not divide {hidden}, as LlamaConfig wants, and Mistral "
             "has no biases; set structures: [ffn], another ratio, compensation: least_squares, or shape: free"
         )
     # Mistral's config does not ask for divisibility; without a window its model computes what Llama's does.
     said = {key: value for key, value in said.items() if not key.endswith("_bias")}
-    return MistralConfig(**said, sliding_window=None), MistralForCausalLM
+    return _config(MistralForCausalLM, said | {"sliding_window": None}), MistralForCausalLM
 
 
-def _own(
-    said: dict[str, Any], widest: dict[str, int], layers: list[dict[str, int]]
-) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    own = {str(index): layer for index, layer in enumerate(layers)}
-    said = {**said, **widest, "per_layer_config": own}
-    return RegrowConfig(**said), RegrowForCausalLM
+def _config(model_class: type[PreTrainedModel], said: dict[str, Any]) -> PreTrainedConfig:
+    made: Any = model_class.config_class
+    return made(**said)
 
 
 class Cutter:

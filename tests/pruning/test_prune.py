@@ -78,6 +78,13 @@ def test_pruned_equals_dense_with_the_removed_structures_masked(
     torch.testing.assert_close(result.model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
+# Windows are shorter than every sequence here, in all layers (Mistral) and in the last two of four (Qwen).
+WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"sliding_window": 3}, "qwen2": WINDOW, "qwen3": WINDOW
+}  # fmt: skip
+
+
 def removed(model: PreTrainedModel, groups: int) -> float:
     """The share of the model's parameters that so many key-value groups of every layer hold."""
     attention = decoder_layers(model)[0].self_attn
@@ -136,15 +143,57 @@ def test_a_global_allocation_takes_the_lowest_standardised_scores(random_model: 
     assert len({layer["ffn"] for layer in result.report["layers"]}) > 1
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_computes_and_generates_with_free_shapes_as_its_own_class_does(
+    random_model: Any, ids: torch.Tensor, kind: str, tmp_path: Path
+):
+    dense, model = (random_model(kind, initializer_range=0.2, **FAMILIES[kind]) for _ in range(2))
+    settings = config_of(shape="free", structures=("ffn", "attention"), protect={"first": 1, "last": 1}, ratio=0.1)
+    result = prune(model, ids, settings)
+    logits = result.model(input_ids=ids).logits
+    torch.testing.assert_close(logits, masked_logits(dense, result, ids), rtol=0, atol=1e-5)
+    checkpoint.save(result.model, None, tmp_path)
+    again: Any = checkpoint.load(tmp_path)
+    assert type(again) is type(result.model)
+    assert torch.equal(again(input_ids=ids).logits, logits)
+    assert Architecture.read(json.loads((tmp_path / "config.json").read_text())).parameters() == count_parameters(again)
+    written = [again.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*written)
+    again.set_attn_implementation("eager")  # after loading: only eager layers have weights to show
+    shown = again(input_ids=ids, output_attentions=True)
+    torch.testing.assert_close(shown.logits, logits, rtol=0, atol=1e-5)
+    assert [weights.shape[1] for weights in shown.attentions] == [8, *[result.report["layers"][1]["heads"]] * 2, 8]
+    twice = prune(again, ids, settings)  # what differs can be pruned further
+    assert type(twice.model) is type(result.model)
+
+
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "remote")
 ids = torch.tensor([[5, 6, 7, 8]])
-print(type(model).__name__, model.num_parameters())
-print(model(input_ids=ids).logits.double().sum().item())
-print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=sys.argv[1] == "remote")
+    print(type(model).__name__, model.num_parameters())
+    print(model(input_ids=ids).logits.double().sum().item())
+    print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
 """
+
+
+def loads_without_regrow(models: dict[Path, PreTrainedModel], remote: bool):
+    """In a process of its own, where regrow cannot be imported: the same class, logits and generated tokens."""
+    place = next(iter(models)).parent
+    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-I", "-c", LOAD, "remote" if remote else "stock", *map(str, models)]
+    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3 * len(models)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for model, first, total, tokens in zip(models.values(), lines[::3], lines[1::3], lines[2::3], strict=True):
+        assert first == f"{type(model).__name__} {count_parameters(model)}"
+        assert float(total) == pytest.approx(model(input_ids=ids).logits.double().sum().item(), abs=1e-4)
+        written: Any = model
+        assert json.loads(tokens) == written.generate(ids, max_new_tokens=6, do_sample=False).tolist()
 
 
 @pytest.mark.parametrize(
@@ -175,16 +224,22 @@ def test_a_saved_model_loads_without_regrow(
     assert torch.equal(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
     assert checkpoint.load_tokenizer(tmp_path / "model")("a b")["input_ids"] == tiny_tokenizer("a b")["input_ids"]
 
-    remote = "remote" if expected == "RegrowForCausalLM" else "stock"
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path / "model"), remote]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    first, total, tokens = run.stdout.splitlines()
-    assert first == f"{expected} {count_parameters(result.model)}"
-    ids = torch.tensor([[5, 6, 7, 8]])
-    assert float(total) == pytest.approx(result.model(input_ids=ids).logits.double().sum().item(), abs=1e-4)
-    assert json.loads(tokens) == result.model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+    loads_without_regrow({tmp_path / "model": result.model}, remote=expected == "RegrowForCausalLM")
+
+
+def test_free_shapes_of_every_other_family_load_without_regrow(random_model: Any, tiny_tokenizer: Any, tmp_path: Path):
+    models: dict[Path, PreTrainedModel] = {}
+    for kind, options in FAMILIES.items():
+        if kind != "llama":
+            dense = random_model(kind, initializer_range=0.2, **options)
+            made = prune(dense, None, config_of("magnitude", shape="free", allocation="global")).model
+            checkpoint.save(made, tiny_tokenizer, tmp_path / kind)
+            assert checkpoint.load_tokenizer(tmp_path / kind)("a b")["input_ids"] == tiny_tokenizer("a b")["input_ids"]
+            models[tmp_path / kind] = made
+    assert sorted(type(model).__name__ for model in models.values()) == [
+        "RegrowMistralForCausalLM", "RegrowQwen2ForCausalLM", "RegrowQwen3ForCausalLM"
+    ]  # fmt: skip
+    loads_without_regrow(models, remote=True)
 
 
 # Published counts (methods.md 2.0): block-wise ratio 0.25 of the structures of the pruned layers.
@@ -397,7 +452,8 @@ def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any]
         ("llama", {"shape": "free", "structures": ("ffn",), "allocation": (9, 1, 1, 1)}, "would leave layer 0 empty"),
         ("llama", {"compensation": "bias"}, "6 heads do not divide 32"),
         ("qwen2", {"compensation": "bias"}, "no bias on o_proj and down_proj"),
-        ("qwen3", {"shape": "free", "allocation": "global"}, "set shape: uniform"),
+        ("mistral", {"compensation": "bias", "shape": "free", "allocation": "global"}, "no bias on o_proj"),
+        ("qwen3", {"shape": "vllm", "structures": ("ffn",), "allocation": "global"}, "set shape: free, or uniform"),
         ("llama", {"depth": {"layers": 4}}, "one has to stay"),
         ("llama", {"depth": {"layers": 3}}, r"depth: layers: 3 takes \d+\.\d% of the parameters, more than ratio: 0.2"),
         ("llama", {"structures": ("layers",), "ratio": 0.9}, "of 4 layers cannot go"),
