@@ -153,18 +153,19 @@ def test_rolling_and_generation_equal_hflm(tiny_model: LlamaForCausalLM, tiny_to
 
 
 def test_non_uniform_and_16_bit_and_eager_models_pack(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
-    from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+    from pruning.modeling_regrow import RegrowForCausalLM, RegrowQwen2ForCausalLM, RegrowQwen3ForCausalLM
 
     names = "vocab_size hidden_size num_hidden_layers head_dim max_position_embeddings num_attention_heads"
     names += " num_key_value_heads intermediate_size"
     said = {name: getattr(tiny_model.config, name) for name in names.split()}
     first = {"intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
     layers = {0: first, 1: {"intermediate_size": 31}}
-    torch.manual_seed(1)
-    model = RegrowForCausalLM(RegrowConfig(**said, per_layer_config=layers)).eval()
-    agree(*pair(model, tiny_tokenizer), items(random.Random(3)))
-    assert scorer.WAYS[model] == "flat"
-    assert model.config._attn_implementation == "sdpa"
+    for own in (RegrowForCausalLM, RegrowQwen2ForCausalLM, RegrowQwen3ForCausalLM):
+        torch.manual_seed(1)
+        model: Any = own(own.config_class(**said, per_layer_config=layers)).eval()
+        agree(*pair(model, tiny_tokenizer), items(random.Random(3)))
+        assert scorer.WAYS[model] == "flat"
+        assert model.config._attn_implementation == "sdpa"
     tiny_model.set_attn_implementation("eager")
     agree(*pair(tiny_model, tiny_tokenizer), items(random.Random(4)))
     own, _ = pair(copy.deepcopy(tiny_model).to(torch.bfloat16), tiny_tokenizer)
@@ -172,6 +173,8 @@ def test_non_uniform_and_16_bit_and_eager_models_pack(tiny_model: LlamaForCausal
 
 
 def test_models_that_cannot_pack_run_as_hflm_runs_them(tiny_tokenizer: Any):
+    from pruning.modeling_regrow import RegrowMistralConfig, RegrowMistralForCausalLM
+
     torch.manual_seed(2)
     size = {
         "vocab_size": 264,
@@ -183,8 +186,12 @@ def test_models_that_cannot_pack_run_as_hflm_runs_them(tiny_tokenizer: Any):
     sliding = MistralForCausalLM(
         MistralConfig(**size, num_key_value_heads=2, sliding_window=16, max_position_embeddings=256)
     ).eval()
+    narrow = {"per_layer_config": {0: {"intermediate_size": 20}}, "num_key_value_heads": 2}
+    free = RegrowMistralForCausalLM(
+        RegrowMistralConfig(**size, **narrow, sliding_window=16, max_position_embeddings=256)
+    ).eval()
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, max_position_embeddings=256)).eval()
-    for model, way in ((sliding, "alone"), (neox, "flat")):
+    for model, way in ((sliding, "alone"), (free, "alone"), (neox, "flat")):
         own, reference = pair(model, tiny_tokenizer)
         arguments = items(random.Random(5))
         found = own.loglikelihood(instances("loglikelihood", arguments), disable_tqdm=True)

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
+from pruning.modeling_regrow import (
+    RegrowForCausalLM,
+    RegrowMistralForCausalLM,
+    RegrowQwen2ForCausalLM,
+    RegrowQwen3ForCausalLM,
+)
 from recovery import adapters, inject, products
 from recovery.attention import NAME, prepare
 from recovery.base import Layer
@@ -215,15 +220,20 @@ def test_linear_and_low_rank(bias: bool) -> None:
         assert gradients[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", ["uniform", "free"])
+@pytest.mark.parametrize("shape", ["uniform", "free", "windowed", "qwen2", "qwen3"])
 def test_packed_attention_is_sdpa_under_a_block_mask(tiny_config: LlamaConfig, shape: str) -> None:
     torch.manual_seed(0)
     widths: Any = {0: {"intermediate_size": 24}}
-    kinds = {
-        "uniform": lambda: LlamaForCausalLM(tiny_config),
-        "free": lambda: RegrowForCausalLM(RegrowConfig(**tiny_config.to_dict(), per_layer_config=widths)),
-    }
-    model: Any = kinds[shape]().eval()
+    kinds: dict[str, Any] = {
+        "free": RegrowForCausalLM, "windowed": RegrowMistralForCausalLM, "qwen2": RegrowQwen2ForCausalLM,
+        "qwen3": RegrowQwen3ForCausalLM,
+    }  # fmt: skip
+    if shape == "uniform":
+        model: Any = LlamaForCausalLM(tiny_config).eval()
+    else:
+        own, said = kinds[shape], {key: value for key, value in tiny_config.to_dict().items() if key != "model_type"}
+        window = 5 if shape == "windowed" else None  # shorter than two of the three examples
+        model = own(own.config_class(**said, per_layer_config=widths, sliding_window=window)).eval()
     ids = torch.randint(4, 200, (1, 30), generator=torch.Generator().manual_seed(0))
     packed = torch.tensor([[*range(11), *range(1), *range(18)]])
     batch = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(1))
