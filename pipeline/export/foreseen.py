@@ -11,8 +11,6 @@ from pipeline.export.model_folder import ModelFolder
 from pipeline.export.write import check_package
 from pipeline.sources import Sources
 
-OWN = "RegrowForCausalLM"
-
 
 def planned(config: RunConfig, folder: Path, said: dict[str, Any]) -> ModelFolder:
     """The pruned model as it will be: planned widths, the source's tokenizer. Raises ValueError as `foresee` does."""
@@ -34,9 +32,8 @@ def targets(config: RunConfig, sources: Sources) -> dict[str, str]:
     gguf = export.load("gguf")
     llama, served = gguf.shape_refusal(model), _reason(model, VllmConfig(format="vllm"))
     kinds = "stock" if model.uniform else "block_configs (format vllm; no vLLM ran)"
-    own = model.name == OWN
     return {
-        "transformers": "with trust_remote_code, or padded (hf:pad)" if own else f"stock {model.name}",
+        "transformers": "with trust_remote_code, or padded (hf:pad)" if model.own else f"stock {model.name}",
         "llama.cpp": llama or f"as {gguf.architecture(model)}",
         "vLLM": served or kinds,
     }

@@ -62,12 +62,14 @@ def architecture(model: ModelFolder) -> str:
     computes the same.
     """
     shape = model.shape
+    if not model.uniform:
+        return "deci"
     if model.name == "Qwen2ForCausalLM":
         square = shape.layers[0].groups * shape.layers[0].heads * shape.head_dim == shape.hidden
         return "qwen2" if square and frequency_factors(model) is None else "llama"
     if model.name == "Qwen3ForCausalLM":
         return "qwen3"
-    return "llama" if model.uniform else "deci"
+    return "llama"
 
 
 def refusal(model: ModelFolder, config: GgufConfig) -> str | None:
@@ -79,6 +81,11 @@ def shape_refusal(model: ModelFolder) -> str | None:
     """The same from the config's entries alone, without the tokenizer."""
     if model.said.get("hidden_act", "silu") != "silu":
         return f"hidden_act is {model.said['hidden_act']}; llama.cpp computes silu here"
+    if model.shape.head_norms and not model.uniform:
+        return (
+            "layers differ and q and k have norms, and of llama.cpp's architectures only deci lets layers differ, "
+            "which reads no such norms; use hf:pad, and export that folder to gguf"
+        )
     try:
         if frequency_factors(model) is not None and architecture(model) in ROTATED_BY_HALVES:
             return f"llama.cpp's {architecture(model)} reads no scaled rotary frequencies"

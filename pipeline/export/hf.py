@@ -15,15 +15,15 @@ from pipeline.export import check as checks
 from pipeline.export.config import HfConfig
 from pipeline.export.model_folder import ModelFolder
 from pruning.architecture import LayerShape
+from pruning.config import OWN
 
 VERSION = 1
 NEEDLESS = ("*.safetensors", "*.bin", "*.py", "*.gguf", "config.json", "*.index.json", "README.md", "manifest.json")
-OWN = "RegrowForCausalLM"
 
 
 def refusal(model: ModelFolder, config: HfConfig) -> str | None:
     """Every served model has a folder; padding needs layers that differ."""
-    if config.pad and model.name != OWN:
+    if config.pad and not model.own:
         return "its layers have the same widths already, so there is nothing to pad; use hf"
     return None
 
@@ -40,7 +40,7 @@ def write(model: ModelFolder, out: Path, config: HfConfig) -> dict[str, Any]:
         )
         save(padded, out / name)
     copy_index(model, out)
-    result: dict[str, Any] = {"class": made, "trust_remote_code": made == OWN}
+    result: dict[str, Any] = {"class": made, "trust_remote_code": made in OWN}
     if shape:
         before, after = (
             model.shape.parameters(),
@@ -56,21 +56,21 @@ def _write_config(model: ModelFolder, out: Path, padded: LayerShape | None) -> s
     from pruning.surgery import target
 
     said = dict(model.said)
-    shape = padded or (model.shape.layers[0] if model.name == OWN and model.uniform else None)
+    shape = padded or (model.shape.layers[0] if model.own and model.uniform else None)
     if shape:
-        count, biased = len(model.shape.layers), model.shape.output_bias or model.shape.mlp_bias
+        count = len(model.shape.layers)
         try:
-            made, made_class = target(model.name, said, [shape] * count, list(range(count)), model.shape.hidden, biased)
+            made, made_class = target(model.name, said, [shape] * count, list(range(count)), model.shape.hidden)
             made.architectures, made.dtype = [made_class.__name__], said.get("dtype")
             made.save_pretrained(out)
             return made_class.__name__
         except ValueError:
             if padded:
                 raise  # unpadded, the modeling file does what no stock class can
-    if model.name == OWN:
+    if model.own:
         said["auto_map"] = {
-            "AutoConfig": "modeling_regrow.RegrowConfig",
-            "AutoModelForCausalLM": "modeling_regrow.RegrowForCausalLM",
+            "AutoConfig": f"modeling_regrow.{model.name.replace('ForCausalLM', 'Config')}",
+            "AutoModelForCausalLM": f"modeling_regrow.{model.name}",
         }
         shutil.copyfile(modeling_regrow.__file__, out / "modeling_regrow.py")
     (out / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
@@ -84,11 +84,11 @@ def check(model: ModelFolder, out: Path, config: HfConfig, ids: list[int] | None
 
 
 def widest(model: ModelFolder) -> LayerShape:
-    """The smallest layer that holds every layer and that a stock class takes: with biases that is Llama alone, whose
+    """The smallest layer that holds every layer and that a stock class takes: Llama's biases are Llama's alone, whose
     heads have to divide the hidden size."""
     layers, shape = model.shape.layers, model.shape
     ffn, groups, heads = (max(getattr(layer, part) for layer in layers) for part in ("ffn", "groups", "heads"))
-    if shape.output_bias or shape.mlp_bias:
+    if model.name == "RegrowForCausalLM" and (shape.output_bias or shape.mlp_bias):
         while shape.hidden % (groups * heads):
             groups += 1
             if groups > shape.hidden:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pruning.architecture import Architecture
-from pruning.config import SERVED
+from pruning.config import OWN, SERVED
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class ModelFolder:
     def name(self) -> str:
         """The model's class."""
         return self.said["architectures"][0]
+
+    @property
+    def own(self) -> bool:
+        """Whether that is a class of `modeling_regrow.py`, which transformers does not have."""
+        return self.name in OWN
 
     @cached_property
     def shape(self) -> Architecture:

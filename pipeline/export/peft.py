@@ -37,9 +37,8 @@ def write(model: ModelFolder, out: Path, config: PeftConfig) -> dict[str, Any]:
 
 def check(model: ModelFolder, out: Path, config: PeftConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """PEFT on the pruned base with these files, against the base with regrow's own adapter."""
-    remote = model.name == "RegrowForCausalLM"
     reference = _adapted(model).eval()
-    return checks.with_transformers(model, model.path, remote, adapter=out, reference=reference, ids=ids)
+    return checks.with_transformers(model, model.path, model.own, adapter=out, reference=reference, ids=ids)
 
 
 def _adapted(model: ModelFolder) -> Any:

@@ -39,7 +39,7 @@ def write(model: ModelFolder, out: Path, config: QuantizedConfig) -> dict[str, A
     before, after = (weight_bytes(folder) for folder in (model.path, out))
     return {
         "scheme": config.scheme,
-        "trust_remote_code": _own(model.path),
+        "trust_remote_code": model.own,
         "bytes": after,
         "bytes_before": before,
         "fallback": [
@@ -65,7 +65,7 @@ def unquantized(model: ModelFolder) -> list[str]:
 
 def check(model: ModelFolder, out: Path, config: QuantizedConfig, ids: list[int] | None = None) -> dict[str, Any]:
     """transformers on the folder against the unquantized model: what differs is the rounding."""
-    return checks.with_transformers(model, out, remote=_own(out), exact=False, ids=ids)
+    return checks.with_transformers(model, out, remote=model.own, exact=False, ids=ids)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -83,20 +83,14 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _own(folder: Path) -> bool:
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return said["architectures"] == ["RegrowForCausalLM"]
-
-
 def _from_pretrained(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from pruning.modeling_regrow import RegrowForCausalLM
+    from pruning.checkpoint import own_class
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line for every layer's every call
-    model_class: Any = RegrowForCausalLM if _own(folder) else AutoModelForCausalLM
-    options = {"device_map": {"": "cpu"}, **options}
-    return model_class.from_pretrained(folder, dtype="auto", use_safetensors=True, **options)
+    options = {"device_map": {"": "cpu"}, "dtype": "auto", "use_safetensors": True, **options}
+    return (own_class(folder) or AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
 def _settings(scheme: str, kept: list[str]) -> Any:

@@ -33,8 +33,14 @@ def refusal(model: ModelFolder, config: VllmConfig) -> str | None:
             f"layers have {found} query heads, and vLLM has one number for all; the nearest it serves: every layer "
             f"padded to {max(heads)} heads (hf:pad), or prune with shape: vllm"
         )
-    if model.shape.output_bias or model.shape.mlp_bias:
-        return "layers differ and o_proj or down_proj has a bias, which vLLM's DeciLM is not known to read; use hf:pad"
+    shape = model.shape
+    unread = {
+        "biases": shape.qkv_bias or shape.output_bias or shape.mlp_bias,
+        "norms of q and k": shape.head_norms,
+        "a sliding window": 0 < (model.said.get("sliding_window") or 0) < model.said["max_position_embeddings"],
+    }
+    if found := " and ".join(what for what, there in unread.items() if there):
+        return f"layers differ and have {found}, which vLLM's DeciLM is not known to read; use hf:pad"
     return None
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline import export
 from pipeline.errors import ConfigError
@@ -22,6 +23,7 @@ CASES = [
     *((kind, {"structures": ("ffn",), "depth": {"layers": 1}, "ratio": 0.35}) for kind in ("llama", "qwen3")),
     *((kind, {"shape": shape, "structures": ("ffn",), "protect": {"first": 1, "last": 1}, "ratio": 0.1})
       for kind in ("llama", "mistral") for shape in ("free", "vllm", "gguf")),
+    *((kind, {"shape": "free", "allocation": "global", "ratio": 0.2}) for kind in ("mistral", "qwen2", "qwen3")),
     *(("llama", {"shape": shape, "allocation": "global", "ratio": 0.2}) for shape in ("free", "gguf")),
     ("llama", {"shape": "free", "allocation": "global", "ratio": 0.2, "method": "flap", "compensation": "bias"}),
     ("llama", {"shape": "vllm", "structures": ("ffn",), "allocation": (0.5, 1, 2, 1), "ratio": 0.15}),
@@ -51,12 +53,14 @@ def test_every_allocation_exports_or_says_why_not(
         if config.format == "gguf":
             assert len(list(out.glob("*.gguf"))) == 1
         elif config.format == "hf":
-            again = checkpoint.load(out)
+            again, served = checkpoint.load(out), checkpoint.load(model.path)
+            ids = torch.tensor([check.token_ids(model)])
+            torch.testing.assert_close(again(input_ids=ids).logits, served(input_ids=ids).logits, rtol=0, atol=1e-5)
             padded = ModelFolder(out).shape.parameters()
             assert sum(p.numel() for p in again.parameters()) == padded
             assert padded == model.shape.parameters() or config.label == "hf-pad"
         loads += 1
-    assert loads >= 2  # a Hugging Face folder and a GGUF file at the least
+    assert loads >= 2  # two Hugging Face folders, or one and a GGUF file, at the least
     assert export.load("hf").refusal(model, command.asked(("hf",))[0]) is None
     if options.get("shape") == "vllm":
         assert export.load("vllm").refusal(model, command.asked(("vllm",))[0]) is None
@@ -65,13 +69,13 @@ def test_every_allocation_exports_or_says_why_not(
 
 
 def test_sizes_alone_foresee_the_class_that_pruning_makes(folder: Any, tmp_path: Path):
-    dense = folder().said
     for kind, options in CASES:
-        if kind != "llama":
+        if kind != "llama" and "shape" not in options:
             continue
+        dense = folder(kind).said
         settings = criteria.load(options.get("method", "magnitude")).Config(**{"method": "magnitude", **options})
         said = foresee(dense, settings)
-        made = folder(pruning=options)
+        made = folder(kind, pruning=options)
         assert said["architectures"] == made.said["architectures"], options
         if options.get("allocation") != "global":
             assert ModelFolder.planned(tmp_path, said).shape == made.shape, options

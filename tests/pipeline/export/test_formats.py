@@ -45,6 +45,7 @@ def exported(model: ModelFolder, name: str, out: Path) -> dict[str, Any]:
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}, "llama"),
         ("mistral", {"pruning": GROUPS, "sliding_window": 128}, "deci"),
         ("qwen2", {"pruning": {"ratio": 0.2}}, "llama"),
+        ("qwen2", {"pruning": GROUPS}, "deci"),
         ("qwen2", {"head_dim": 8, "pruning": {"ratio": 0.1, "structures": ("ffn",)}}, "qwen2"),
         ("qwen3", {"pruning": {"ratio": 0.2, "structures": ("heads", "ffn")}}, "qwen3"),
         ("llama", {"pruning": {"ratio": 0.3, "structures": ("hidden",)}}, "llama"),
@@ -125,6 +126,14 @@ def test_vllm_refuses_unequal_query_heads_and_names_the_nearest(folder: Any):
     heads = {layer.groups * layer.heads for layer in model.shape.layers}
     assert len(heads) > 1
     assert f"padded to {max(heads)} heads" in vllm.refusal(model, config("vllm"))
+
+
+def test_layers_that_differ_beyond_llamas_are_refused_by_name(folder: Any):
+    for kind, what in (("mistral", "a sliding window"), ("qwen2", "biases"), ("qwen3", "norms of q and k")):
+        model = folder(kind, pruning=ENDS, sliding_window=16)
+        assert f"layers differ and have {what}, which vLLM's" in vllm.refusal(model, config("vllm"))
+        reason = export.load("gguf").refusal(model, config("gguf"))
+        assert ("norms, and of llama.cpp's architectures only deci" in reason) if kind == "qwen3" else reason is None
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
