@@ -39,7 +39,7 @@ class Architecture:
 
         Raises ValueError where query heads cannot be divided among a layer's key-value groups.
         """
-        kind = config["model_type"]
+        kind = config["model_type"].removeprefix("regrow_")
         heads = config["num_attention_heads"]
         own = {int(index): entry for index, entry in (config.get("per_layer_config") or {}).items()}
         layers: list[LayerShape] = []

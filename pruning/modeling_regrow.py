@@ -99,9 +99,10 @@ class RegrowForCausalLM(_AroundIt, LlamaForCausalLM):
     config_class, model_class = RegrowConfig, RegrowModel
 
 
-# The other families need no config entry of their own, and keep their model_type: tokenizers and tools go by it.
 class RegrowMistralConfig(MistralConfig):
     """MistralConfig with per-layer widths."""
+
+    model_type = "regrow_mistral"
 
 
 class RegrowMistralModel(_OwnWidths, MistralModel):
@@ -120,6 +121,8 @@ class RegrowMistralForCausalLM(_AroundIt, MistralForCausalLM):
 class RegrowQwen2Config(Qwen2Config):
     """Qwen2Config with per-layer widths."""
 
+    model_type = "regrow_qwen2"
+
 
 class RegrowQwen2Model(_OwnWidths, Qwen2Model):
     """Qwen2Model with layers of different widths."""
@@ -136,6 +139,8 @@ class RegrowQwen2ForCausalLM(_AroundIt, Qwen2ForCausalLM):
 
 class RegrowQwen3Config(Qwen3Config):
     """Qwen3Config with per-layer widths."""
+
+    model_type = "regrow_qwen3"
 
 
 class RegrowQwen3Model(_OwnWidths, Qwen3Model):

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from pruning import checkpoint, criteria
 from pruning.architecture import Architecture, LayerShape
@@ -153,6 +160,8 @@ def test_every_family_computes_and_generates_with_free_shapes_as_its_own_class_d
     logits = result.model(input_ids=ids).logits
     torch.testing.assert_close(logits, masked_logits(dense, result, ids), rtol=0, atol=1e-5)
     checkpoint.save(result.model, None, tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     again: Any = checkpoint.load(tmp_path)
     assert type(again) is type(result.model)
     assert torch.equal(again(input_ids=ids).logits, logits)
