@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 Gradients = Callable[[Tensor, Tensor], tuple[Tensor | None, ...]]
+Factors = Callable[[], tuple[Tensor, Tensor]]
 
 
 @cache
@@ -51,6 +52,15 @@ def merged(x: Tensor, weight: Tensor, bias: Tensor | None, gradients: Gradients,
     gradient, or None where it adds it up by itself.
     """
     return _Merged.apply(x, weight, bias, gradients, *parameters)  # type: ignore[no-any-return]
+
+
+def between(x: Tensor, factors: Factors, wide: bool, gradients: Callable[[Tensor], Any], *parameters: Tensor) -> Tensor:
+    """(x down^T) up^T, or (x up) down where `wide`. up [larger, inner] is fixed, down [inner, smaller] comes from
+    `parameters`; both are formed twice instead of being kept for the backward pass.
+
+    `gradients` gets the gradient of down and gives each parameter's.
+    """
+    return _Between.apply(x, factors, wide, gradients, *parameters)  # type: ignore[no-any-return]
 
 
 def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,3 +122,27 @@ class _Merged(Function):
         rows = _rows(grad_outputs[0])
         dx = _product(rows, weight.T).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *ctx.gradients(rows, _rows(x))
+
+
+class _Between(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, factors: Factors, wide: bool, gradients: Callable[[Tensor], Any], *parameters: Tensor
+    ) -> Tensor:
+        up, down = factors()
+        inner = _product(_rows(x), up.T if wide else down)
+        ctx.save_for_backward(inner if wide else x, *parameters)  # what down was multiplied with
+        ctx.factors, ctx.wide, ctx.gradients, ctx.like = factors, wide, gradients, (x.shape, x.dtype)
+        return _product(inner, down.T if wide else up).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # type: ignore[override]
+        met, *_ = ctx.saved_tensors
+        (up, down), rows, dx = ctx.factors(), _rows(grad_outputs[0]), None
+        shape, dtype = ctx.like
+        d_inner = _product(rows, down if ctx.wide else up.T)
+        if ctx.needs_input_grad[0]:
+            dx = _product(d_inner, up if ctx.wide else down.T).to(dtype).view(shape)
+        gradient = met.T @ rows if ctx.wide else d_inner.T @ _rows(met)
+        return dx, None, None, None, *ctx.gradients(gradient)

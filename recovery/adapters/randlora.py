@@ -25,9 +25,9 @@ weight M = dy^T x (transposed when in > out) is summed over them and brought to 
 
 T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
 3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
-weights, and one of their gradients where there are several micro-batches. Not fused, all but lambda and gamma is
-computed again in the backward pass instead of kept; weights of few bits need that. Sharded weights (FSDP) are never
-fused: every process would keep the whole model.
+weights, and one of their gradients where there are several micro-batches. Not fused, nothing of a weight's size is
+kept: lambda and gamma are put between the bases again in the backward pass. Weights of few bits need that, and
+sharded ones (FSDP) are never fused: every process would keep the whole model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-VERSION = 2
+VERSION = 3
 
 
 class Config(AdapterConfig, frozen=True):
@@ -113,26 +113,13 @@ class Method(Adapter[Config]):
         product = up @ down
         return product.T if self.wide else product
 
-    def _added(self, x: Tensor, scales: Tensor, gamma: Tensor) -> Tensor:
-        up, down = self._factors(scales, gamma, x.dtype)
-        tokens = x.numel() // x.shape[-1]
-        if tokens * (self.smaller + self.larger) > self.smaller * self.larger:  # the delta itself is cheaper
-            product = up @ down
-            return x @ (product if self.wide else product.T)
-        return (x @ up) @ down if self.wide else (x @ down.T) @ up.T
-
     def forward(self, x: Tensor, weight: Tensor, product: Tensor | None) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
+        from recovery.products import between, computing
 
-        # Factors and delta are as large as the weight: keeping them for the backward pass would double the model.
-        return checkpoint(  # type: ignore[no-any-return]
-            self._added,
-            x,
-            self.trainable["lambda"],
-            self.trainable["gamma"],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        parameters = self.trainable["lambda"], self.trainable["gamma"]
+        scales, gamma = (parameter.detach() for parameter in parameters)
+        kind = computing(x)
+        return between(x, lambda: self._factors(scales, gamma, kind), self.wide, self._of_down, *parameters)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from recovery.products import merged
@@ -201,7 +188,10 @@ class Method(Adapter[Config]):
     def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """From the merged weight's gradient [out, in] to those of lambda [n, rank] and gamma [n, dmin], float32."""
         up = self.shared.bases["B"][: self.larger, : self.count].flatten(1).to(gradient.dtype)
-        product = up.T @ (gradient.T if self.wide else gradient)  # [n rank, dmin]
+        return self._of_down(up.T @ (gradient.T if self.wide else gradient))
+
+    def _of_down(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient of the factor with lambda and gamma in it [n rank, dmin] to theirs."""
         if self.config.pairing == "peft":
             parts = product.unflatten(0, (self.config.rank, self.count)).transpose(0, 1)
         else:
