@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from recovery import attention, parallel
+from recovery import attention, parallel, products
 from recovery.data import IGNORED, Row
 
 CHUNK = 1024  # labelled tokens whose logits exist at one time when there are more
@@ -44,7 +44,9 @@ def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
     head: Any = model.get_output_embeddings()
 
     def summed(part: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(head(part).float(), targets, reduction="sum")
+        native = products.computing(part) == part.dtype
+        logits = head(part) if native else products.linear(part, head.weight, head.bias)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
     if len(labels) <= CHUNK:
         return summed(hidden, labels), len(labels)

@@ -202,3 +202,25 @@ def test_row_loss_is_the_sum_over_labels(
     assert float(chunked.detach()) == pytest.approx(expected, abs=1e-4)
     (again,) = torch.autograd.grad(chunked, [tiny_model.model.layers[0].mlp.up_proj.weight])
     torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_logits_of_a_slow_processor_are_as_good(
+    row: tuple[Row, list[Tokens]], tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 where bfloat16 is slow; the same loss and gradient within bfloat16's eight bits, and the native head
+    is not run."""
+    weight = tiny_model.model.layers[0].mlp.up_proj.weight
+    expected, _ = row_loss(tiny_model, row[0])
+    (wanted,) = torch.autograd.grad(expected, [weight])
+    tiny_model.bfloat16().requires_grad_(False)
+    weight = tiny_model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    headed: list[int] = []
+    tiny_model.lm_head.register_forward_hook(lambda head, given, logits: headed.append(len(logits)))
+    for slow in (False, True):
+        monkeypatch.setattr("recovery.products.slow_bfloat16", lambda slow=slow: slow)
+        headed.clear()
+        loss, _ = row_loss(tiny_model, row[0])
+        assert bool(headed) != slow
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=0.01)
+        (gradient,) = torch.autograd.grad(loss, [weight])
+        assert (gradient.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
