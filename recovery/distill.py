@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from recovery import products
 from recovery.config import Distillation
 from recovery.data import IGNORED, Row
 from recovery.loss import decoded
@@ -81,15 +82,15 @@ def accumulate(
     hidden, layers = decoded(model, row, bool(settings.hidden))
     hidden, labels = hidden[chosen], torch.tensor(row.labels[1:], device=device)[chosen]
     head: Any = model.get_output_embeddings()
-    gradient, sums = torch.empty_like(hidden), [0.0, 0.0, 0.0]
+    gradient, sums, kind = torch.empty_like(hidden), [0.0, 0.0, 0.0], products.computing(hidden)
     factors = (1 - settings.weight) / max(1, labelled), settings.weight * settings.temperature**2 / max(1, positions)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
         with torch.no_grad():
-            logits = head(hidden[part]).float()
+            logits = products.through(head, hidden[part]).float()
         said = Targets(targets.ids[part].to(device), targets.logprobs[part].to(device))
         task, apart, slope = terms(logits, labels[part], said, settings.temperature, *factors)
-        gradient[part] = slope.to(head.weight.dtype) @ head.weight
+        gradient[part] = slope.to(kind) @ head.weight.to(kind)
         sums[0] += task
         sums[1] += apart
     roots, gradients = [hidden], [gradient]

@@ -44,9 +44,7 @@ def row_loss(model: PreTrainedModel, row: Row) -> tuple[Tensor, int]:
     head: Any = model.get_output_embeddings()
 
     def summed(part: Tensor, targets: Tensor) -> Tensor:
-        native = products.computing(part) == part.dtype
-        logits = head(part) if native else products.linear(part, head.weight, head.bias)
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(products.through(head, part).float(), targets, reduction="sum")
 
     if len(labels) <= CHUNK:
         return summed(hidden, labels), len(labels)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recovery import checkpoints
+from recovery import checkpoints, products
 from recovery.base import seed_of
 from recovery.config import Distillation
 from recovery.data import IGNORED, Row
@@ -76,7 +76,7 @@ class Live:
         chosen = torch.tensor(distilled(row, self.settings.positions), device=self.model.device)
         hidden, layers = decoded(self.model, row, bool(self.settings.hidden))
         head: Any = self.model.get_output_embeddings()
-        parts = [top(head(part), self.settings.top_k) for part in hidden[chosen].split(CHUNK)]
+        parts = [top(products.through(head, part), self.settings.top_k) for part in hidden[chosen].split(CHUNK)]
         ids, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
         return Targets(ids.int(), logprobs.half(), tuple(layer[chosen] for layer in layers))
 
