@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Decoder-only models whose layers are LLaMA's: RMSNorm, rotary attention with grouped heads, gated FFN.
-STOCK = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# The same with layers of different widths (`modeling_regrow.py`).
+# OWN: with layers of different widths (`modeling_regrow.py`).
 OWN = ("RegrowForCausalLM", "RegrowMistralForCausalLM", "RegrowQwen2ForCausalLM", "RegrowQwen3ForCausalLM")
-SERVED = (*STOCK, *OWN)
+SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", *OWN)
 
 HELD_OUT = 4  # one calibration window of so many judges the ridge of `least_squares`
 GGUF_BLOCK = 32  # weights of a row that llama.cpp quantizes together

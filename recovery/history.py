@@ -35,13 +35,18 @@ def diverged(state: State, loss: float) -> bool:
         return False
     mean = sum(state.recent) / RECENT
     state.lowest = min(state.lowest, mean)
-    return mean > 1.5 * state.lowest + 1
+    return _above(state, mean, 1.0)
 
 
 def rising(state: State) -> bool:
     """Has the mean, or the last loss alone, gone a quarter of that way? A divergence may have begun."""
     mean = sum(state.recent) / RECENT
-    return max(mean, *state.recent[-1:]) > 1.125 * state.lowest + 0.25
+    return _above(state, max(mean, *state.recent[-1:]), 0.25)
+
+
+def _above(state: State, loss: float, part: float) -> bool:
+    """Has a loss gone this part of the way from the lowest mean to where a run has diverged?"""
+    return loss > state.lowest + part * (0.5 * state.lowest + 1)
 
 
 def worn_out(state: State, patience: int | None) -> bool:

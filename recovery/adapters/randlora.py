@@ -101,12 +101,14 @@ class Method(Adapter[Config]):
 
     def _factors(self, scales: Tensor, gamma: Tensor, kind: dtype) -> tuple[Tensor, Tensor]:
         """[dmax, n rank] and s times [n rank, dmin]: the delta is their product."""
-        up = self.shared.bases["B"][: self.larger, : self.count].flatten(1)
         # down[b, r, j] = lambda[b, r] * A[r, j] * gamma[b, j]
         down = (self.scale() * scales)[:, :, None] * self.shared.bases["A"][:, : self.smaller] * gamma[:, None, :]
         if self.config.pairing == "peft":
             down = down.transpose(0, 1)
-        return up.to(kind), down.flatten(0, 1).to(kind)
+        return self._up(kind), down.flatten(0, 1).to(kind)
+
+    def _up(self, kind: dtype) -> Tensor:
+        return self.shared.bases["B"][: self.larger, : self.count].flatten(1).to(kind)
 
     def delta(self, weight: Tensor) -> Tensor:
         up, down = self._factors(self.trainable["lambda"], self.trainable["gamma"], self.trainable["gamma"].dtype)
@@ -187,8 +189,7 @@ class Method(Adapter[Config]):
 
     def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """From the merged weight's gradient [out, in] to those of lambda [n, rank] and gamma [n, dmin], float32."""
-        up = self.shared.bases["B"][: self.larger, : self.count].flatten(1).to(gradient.dtype)
-        return self._of_down(up.T @ (gradient.T if self.wide else gradient))
+        return self._of_down(self._up(gradient.dtype).T @ (gradient.T if self.wide else gradient))
 
     def _of_down(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the factor with lambda and gamma in it [n rank, dmin] to theirs."""

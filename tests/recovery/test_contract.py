@@ -20,7 +20,8 @@ from recovery.merge import largest_difference, merge
 METHODS = adapters.names()
 OPTIONS: list[dict[str, Any]] = [{"method": name} for name in METHODS if name not in ("lora_mini", "lorta")]
 OPTIONS += [{"method": "lora_mini", "a": 16, "b": 16, "alpha": 8}, {"method": "lorta", "rank": 16, "alpha": 64}]
-OPTIONS += [{"method": "randlora", "pairing": "peft", "bases": "sparse"}, {"method": "mora", "kind": "share"}]
+OPTIONS += [{"method": "randlora", "pairing": "peft"}, {"method": "mora", "kind": "share"}]
+OPTIONS += [{"method": "randlora", "bases": "sparse"}]
 RATES = {"edora": 0.03, "increlora": 0.03, "lorta": 0.03, "vera": 0.03}  # few parameters, or a start at rank 1
 SHAPES = [(32, 32), (48, 32), (32, 48), (7, 13), (13, 7), (5, 1), (1, 6)]  # out, in: square, tall, wide, odd, thin
 

@@ -31,6 +31,7 @@ def shake(parameters: Any) -> None:
             for name in ("lora", "rora", "dora", "edora", "melora", "nola", "vera", "flat_lora", "gelora")
         ),
         {"method": "rora", "rank": 4, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"o_proj": 5}},
+        {"method": "randlora", "rank": 5, "pairing": "peft"},
         {"method": "randlora", "rank": 5, "pairing": "peft", "bases": "very_sparse"},
         {"method": "lora_mini", "rank": 4, "a": 8, "b": 8},
         {"method": "sora", "rank": 4, "targets": ("q_proj", "mlp.down_proj")},
@@ -66,6 +67,7 @@ def test_peft_loads_what_ours_writes(options: dict[str, Any], tiny_model: LlamaF
         peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], use_rslora=True, alpha_pattern={"q_.*": 3}),
         peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, use_dora=True, use_rslora=True),
         peft.VeraConfig(r=6, target_modules=TARGETS),
+        peft.RandLoraConfig(r=5, target_modules=TARGETS, randlora_alpha=10),
         peft.RandLoraConfig(r=5, target_modules=TARGETS, randlora_alpha=10, sparse=True),
     ],
     ids=lambda settings: f"{settings.peft_type.value}-{getattr(settings, 'use_dora', '')}",
