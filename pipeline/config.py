@@ -43,7 +43,7 @@ class RunConfig(BaseModel):
     `recovery: {adapter: {from: "path:FOLDER"}}`); never both.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0

@@ -16,7 +16,7 @@ from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources
 from pipeline.steps import Step
 from pruning.config import SERVED
-from recovery import saved
+from recovery import saved, targets
 
 
 def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
@@ -30,6 +30,7 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_pruning(config, sources)
     if "recover" in stages:
         check_base(config)
+        check_targets(config, sources)
     if stages & {"teacher", "recover", "merge"}:
         for index, part in enumerate(config.data):
             if not _train_texts(sources, part):
@@ -88,6 +89,16 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
         foresee(said, config.pruning)
     except ValueError as error:
         raise ConfigError(f"pruning.{error}") from error
+
+
+def check_targets(config: RunConfig, sources: Sources) -> None:
+    """Refuse an adapter's targets or patterns that fit no layer of the dense model."""
+    assert config.recovery is not None
+    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    try:
+        targets.chosen(targets.expected(said["num_hidden_layers"]), config.recovery.adapter)
+    except ValueError as error:
+        raise ConfigError(f"recovery.adapter.{error}") from error
 
 
 def check_base(config: RunConfig) -> None:

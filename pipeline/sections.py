@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _source(value: object) -> object:

@@ -3,6 +3,7 @@
 Imported only when something has to be built: this is where torch comes in.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,7 +147,9 @@ class Runner:
         ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]
         ids = ids[:, :MERGE_CHECK_TOKENS]
         merged, difference = merge(model, ids)
-        if self.config.model.dtype == "float32" and (difference or 0.0) > MERGE_TOLERANCE:
+        assert difference is not None
+        # Said so that a difference that is no number fails, too.
+        if not difference <= (MERGE_TOLERANCE if self.config.model.dtype == "float32" else math.inf):
             raise StageError(f"merge: logits moved by {difference:.2g}, more than {MERGE_TOLERANCE}: nothing was saved")
         checkpoint.save(merged, tokenizer, workspace.out / "model")
         said = {} if self.config.recovery else {"adapter": {"folder": adapter.folder.name, "layers": len(layers)}}

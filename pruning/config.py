@@ -30,7 +30,7 @@ class Statistic:
 class Section(BaseModel):
     """Values never change; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Protect(Section):

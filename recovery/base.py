@@ -17,9 +17,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -28,14 +28,30 @@ if TYPE_CHECKING:
     from recovery.data import Row
 
 
-class AdapterConfig(BaseModel, frozen=True, extra="forbid"):
+class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Base of every adapter's `Config`."""
 
+    without_patterns: ClassVar[str] = ""  # why the method has no rank or alpha of single layers, where it has none
     method: str
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear", description="all linear layers of the decoder, or these (q_proj, mlp.up_proj, ...)"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input only, while training")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError(f"{value!r} is neither all-linear nor a list of names: write [{value}]")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patterned(cls, said: Any) -> Any:
+        for option in ("rank_pattern", "alpha_pattern"):
+            if isinstance(said, dict) and option in said and option not in cls.model_fields:
+                raise ValueError(f"{option}: {cls.without_patterns}; leave it out")
+        return said
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """Options that speak of some layers only, and the patterns they give; each must fit an adapted layer."""
@@ -85,6 +101,7 @@ class Adapter(Tensors, Generic[C]):
     `forward` may be cheaper than a product with `delta`, and must equal it.
     """
 
+    undecayed: tuple[str, ...] = ()  # trained tensors that weight decay leaves alone
     whole_weights = False  # whether training needs `step`, which cannot be had where weights are sharded
 
     def __init__(self, config: C, layer: Layer, shared: Tensors) -> None:

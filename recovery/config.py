@@ -4,7 +4,6 @@ All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is
 `quantized_base` where it is set.
 """
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
@@ -16,7 +15,7 @@ from recovery.base import AdapterConfig
 ROWS: dict[str, Any] = {"tokens": True, "loss": True, "max_length": True, "seed": True, "validation": {"fraction"}}
 
 
-class Validation(BaseModel, frozen=True, extra="forbid"):
+class Validation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How often the held-out loss is measured, and on how much. `fraction` 0 turns it off."""
 
     fraction: float = Field(default=0.02, ge=0, lt=0.5, description="share of every source that is held out")
@@ -25,7 +24,7 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     patience: int | None = Field(default=None, ge=1, description="measurements without a better one that end the run")
 
 
-class Distillation(BaseModel, frozen=True, extra="forbid"):
+class Distillation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The dense model as a teacher (`recovery.distill` has the formula)."""
 
     weight: float = Field(default=0.5, ge=0, le=1, description="the teacher's share; the rest is the data's own tokens")
@@ -44,7 +43,7 @@ class Distillation(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
+class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """An adapter, a budget of training tokens, and how they are spent.
 
     `tokens` counts every token fed, prompts too. A row holds up to `max_length` tokens of whole examples; rows are
@@ -83,9 +82,7 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid"):
             return value
         name, known = value.get("method"), adapters.names()
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no adapter is called {name!r}{hint}; there are {', '.join(known)}")
+            raise ValueError(f"method: no adapter is called {name!r}; there are {', '.join(known)}")
         return adapters.load(name).Config.model_validate(value)
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ so that it is not put on another model, or twice on the same. It is not PEFT's f
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recovery import adapters, products
-from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, fits, seed_of
+from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, seed_of
 from recovery.saved import DESCRIPTION, FORMAT, WEIGHTS, described
+from recovery.targets import chosen
 
 SAMPLED = 64  # weights of each adapted layer that go into the sample
 
@@ -80,7 +81,6 @@ def attach(model: PreTrainedModel, config: AdapterConfig, seed: int) -> list[str
     if adapted(model):
         raise ValueError("the model has adapters already: merge or detach them first")
     found = targets(model, config)
-    _check_patterns(config, found)
     method: type[Adapter[Any]] = adapters.load(config.method).Method
     size = _head_size(model)
     layers = [Layer(name, linear.weight, seed_of(seed, name), size) for name, linear in found.items()]
@@ -167,6 +167,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], place: str) -> No
             shapes = f"{list(tensors[name].shape)}, this model needs {list(target.shape)}"
             raise ValueError(f"{place}: {name} has shape {shapes}: it belongs to another pruned model")
     for name, target in targets.items():
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{place}: {name} holds numbers that are not finite: its training went wrong; train again")
         target.data.copy_(tensors[name])
 
 
@@ -177,15 +179,26 @@ def _check(model: nn.Module, said: dict[str, Any], folder: Path) -> None:
             f"{folder}: the bases rebuilt from seed {said['seed']} have sha256 {found[:16]}, it was trained with "
             f"{said['bases_sha256'][:16]}: another seed or torch draws other numbers; use the merged model instead"
         )
-    if sample_digest(model) != said["base_sample_sha256"]:
-        raise ValueError(
-            f"{folder}: this adapter was trained on other weights; attach it to the pruned model it belongs to "
-            "(a merged model has it inside already)"
-        )
+    check_base(model, said["base_sample_sha256"], str(folder))
+
+
+def check_base(model: nn.Module, digest: str, place: str) -> None:
+    """Raises ValueError where the weights under the adapters are not those of `digest`, by `sample_digest`."""
+    if digest == sample_digest(model):
+        return
+    half = any(module.linear.weight.dtype == torch.float16 for module in adapted(model).values())
+    dtype = ", in the dtype it was trained in, as float16 rounds otherwise" if half else ""
+    raise ValueError(
+        f"{place}: this adapter was trained on other weights; attach it to the pruned model it belongs to{dtype} "
+        "(a merged model has it inside already)"
+    )
 
 
 def targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linear]:
-    """The decoder layers' linear modules by their full names, those asked for; lm_head is never among them."""
+    """The decoder layers' linear modules by their full names, those asked for; lm_head is never among them.
+
+    Raises ValueError for a target or pattern that fits none, and for quantised weights.
+    """
     blocks: Any = model.get_decoder().layers
     decoder = {id(module) for module in blocks.modules()}
     found = {
@@ -196,24 +209,7 @@ def targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linea
     for name, linear in found.items():
         if not linear.weight.is_floating_point():
             raise ValueError(f"{name}: weights of {linear.weight.dtype} cannot be adapted: load the model unquantised")
-    if config.targets == "all-linear":
-        return found
-    chosen: dict[str, nn.Linear] = {}
-    for target in config.targets:
-        named = {name: linear for name, linear in found.items() if fits(name, target)}
-        if not named:
-            known = sorted({name.rpartition(".")[2] for name in found})
-            raise ValueError(f"targets: no linear layer is called {target!r}; there are {', '.join(known)}")
-        chosen |= named
-    return {name: linear for name, linear in found.items() if name in chosen}
-
-
-def _check_patterns(config: AdapterConfig, names: Collection[str]) -> None:
-    for option, patterns in config.patterns().items():
-        for pattern in patterns:
-            if not any(fits(name, pattern) for name in names):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-                raise ValueError(f"{option}: no adapted layer's name ends in {pattern!r}; adapted are {known}")
+    return {name: found[name] for name in chosen(found, config)}
 
 
 def _head_size(model: PreTrainedModel) -> int:

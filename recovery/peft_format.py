@@ -42,6 +42,7 @@ KNOWN = [
     "d_initial",
     "init_weights",
     "init_lora_weights",
+    "eva_config",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -55,13 +56,23 @@ KNOWN = [
     "sparse",
     "very_sparse",
 ]
-SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # starts that leave the base's weights as they were
+SAME_BASE = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "mica",
+    "orthogonal",
+)  # starts that leave the base's weights as they were
 
 
 def refusal(config: AdapterConfig) -> str | None:
     """Why PEFT has no form of this adapter, or None."""
     if config.method == "randlora" and getattr(config, "pairing", None) != "peft":
         return "PEFT pairs RandLoRA's scales and bases otherwise: train with `pairing: peft`, or use the merged model"
+    if config.method == "randlora" and any(config.patterns().values()):
+        return "PEFT's RandLoRA has one rank and alpha for all layers: leave the patterns out, or use the merged model"
     if config.method not in (*LOW_RANK, "vera", "randlora"):
         return f"PEFT has no form of {config.method}: use the merged model"
     return None

@@ -40,8 +40,8 @@ def attach(model: PreTrainedModel, folder: Path) -> list[str]:
                 raise ValueError(f"{folder}: base {name} is {list(found.shape)}; this model needs {list(target.shape)}")
             target.copy_(found[tuple(slice(size) for size in target.shape)])
         inject.load_tensors(model, ours, str(folder))
-        if base and base != inject.sample_digest(model):
-            raise ValueError(f"{folder}: this adapter was trained on other weights: attach it to its own pruned model")
+        if base:
+            inject.check_base(model, base, str(folder))
     except ValueError:
         inject.detach(model)
         raise
@@ -94,7 +94,7 @@ def _read_shared(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path)
         bases["A"] = bases["A"][:, 0]
         for name, tensor in ours.items():
             if name.endswith(".lambda"):
-                ours[name] = tensor.T * math.sqrt(tensor.shape[1])
+                ours[name] = tensor.T.float() * math.sqrt(tensor.shape[1])
     return adapters.load(method).Config.model_validate(options), ours, bases
 
 

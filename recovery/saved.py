@@ -82,9 +82,10 @@ def described(folder: Path) -> dict[str, Any]:
     if name not in adapters.names():
         raise ValueError(f"{file}: no adapter is called {name!r}; there are {', '.join(adapters.names())}")
     method = adapters.load(name)
-    if said["method_version"] != method.VERSION:
-        made = f"version {said['method_version']} of {name}"
-        raise ValueError(f"{folder}: made with {made}, here is version {method.VERSION}: train it again")
+    oldest = getattr(method, "READS", method.VERSION)
+    if said["method_version"] not in range(oldest, method.VERSION + 1):
+        here = f"versions {oldest} to {method.VERSION} are" if oldest < method.VERSION else f"{method.VERSION} is"
+        raise ValueError(f"{folder}: made with version {said['method_version']} of {name}; {here} read: train it again")
     try:
         method.Config.model_validate(config)
     except ValueError as error:

@@ -110,9 +110,12 @@ class _Run:
         self.parameters = inject.trainable(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        decayed: dict[float, list[Any]] = {}
+        for name, parameter in self.parameters.items():
+            free = name.rpartition(".")[2] in self.method.undecayed
+            decayed.setdefault(0.0 if free else config.weight_decay, []).append(parameter)
+        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in decayed.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.adapter: dict[str, Any] = adapter.model_dump(mode="json")
         self.state, self.loss = State(), math.nan
         if before:

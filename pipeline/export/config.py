@@ -13,7 +13,7 @@ SHORT = {"gguf": "type", "quantized": "scheme"}  # the key that the word after t
 class Section(BaseModel):
     """Values never change; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def label(self) -> str:

@@ -1,6 +1,7 @@
 """The adapters: one module each, found by its file name.
 
 An adapter module has a docstring, `VERSION`, a `Config` (an `AdapterConfig`) and one class, `Method` (an `Adapter`).
+Where adapters that an older VERSION saved are the same function here, `READS` names the oldest such one.
 Importing it costs no torch: it computes with the methods of the tensors it is given.
 """
 

@@ -16,7 +16,7 @@ from recovery.base import Layer, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2
+VERSION, READS = 2, 1
 
 
 class Config(lora.LowRankConfig, frozen=True):

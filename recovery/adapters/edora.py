@@ -19,7 +19,7 @@ from recovery.base import Layer, Tensors, generator_of, random_normal, zeros
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 ITERATIONS, SPARE = 10, 8  # power iterations, and vectors beyond the rank that they carry along
 
 
@@ -34,10 +34,10 @@ class Method(dora.Magnitude[Config]):
 
     def __init__(self, config: Config, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)
-        rank = min(self.rank, layer.inputs, layer.outputs)
-        up, down = decomposed(layer.weight, rank, layer.seed)
+        self.rank = min(self.rank, layer.inputs, layer.outputs)  # s, too, is of the rank that there is
+        up, down = decomposed(layer.weight, self.rank, layer.seed)
         self.kept["A"], self.kept["B"] = down.cpu(), up.cpu()
-        self.trainable["R"] = zeros(rank, rank)
+        self.trainable["R"] = zeros(self.rank, self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.kept["A"], self.kept["B"] @ self.trainable["R"]

@@ -19,6 +19,7 @@ VERSION = 1
 class Config(AdapterConfig, frozen=True):
     """Full training has no options of its own."""
 
+    without_patterns = "full training has neither rank nor scale"
     method: Literal["full"] = "full"
 
 

@@ -7,11 +7,12 @@ sensitivity times that of its deviation. `rank` is the average at the end. Merge
 is off by 1e-5 of a random product, about 1e-9.
 
 Ours: components are handed out evenly between the shares `warmup` and `until` of the tokens, each step to the best
-layers, one to each (the paper: every 1000 steps to the best two); a layer may hold `limit` at most, for which room is
-kept from the start, so that optimizer and checkpoints need not grow; s = alpha / rank throughout (the original's
-changes as ranks grow); the sensitivity is the sum over components of |E dL/dE|, divided by the root of the layer's
-size: each is the sum of dW * dL/dW of one component, so no gradient of the weight's shape is needed; the orthogonality
-penalty is left out. Trained: up to limit (in + out + 1) parameters a layer; those of unused components do not change.
+layers, one to each, and again where steps are few (the paper: every 1000 steps to the best two); a layer may hold
+`limit` at most, for which room is kept from the start, so that optimizer and checkpoints need not grow; s = alpha /
+rank throughout (the original's changes as ranks grow); the sensitivity is the sum over components of |E dL/dE|, divided
+by the root of the layer's size: each is the sum of dW * dL/dW of one component, so no gradient of the weight's shape is
+needed; the orthogonality penalty is left out. Trained: up to limit (in + out + 1) parameters a layer; those of unused
+components only decay.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from recovery.base import Adapter, Layer, Tensors, generator_of, random_normal, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION, READS = 2, 1
 RESERVE, MEMORY, DEVIATION = 1e-5, 0.85, 0.02
 
 
@@ -99,10 +100,11 @@ class Method(lora.LowRank[Config]):
         config = found[0].config
         along = min(1.0, max(0.0, (share - config.warmup) / (config.until - config.warmup)))
         due = int(along * sum(layer.rank - 1 for layer in found)) - sum(layer.used - 1 for layer in found)
-        room = [layer for layer in found if layer.used < layer.limit]
-        room.sort(key=lambda layer: float(layer.kept["score"].prod()), reverse=True)  # stable: ties by layer order
-        for layer in room[: max(0, due)]:
-            layer.grow()
+        while due > 0 and (room := [layer for layer in found if layer.used < layer.limit]):
+            room.sort(key=lambda layer: float(layer.kept["score"].prod()), reverse=True)  # stable: ties by layer order
+            for layer in room[:due]:
+                layer.grow()
+            due -= len(room)
 
     @classmethod
     def finish(cls, layers: Mapping[str, Adapter[Any]]) -> None:

@@ -27,7 +27,7 @@ from recovery.base import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2
+VERSION, READS = 2, 1
 
 
 class LowRankConfig(AdapterConfig, frozen=True):

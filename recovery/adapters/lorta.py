@@ -17,9 +17,9 @@ model does not say which head it was. Only attention's projections are served; o
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, random_uniform, zeros
 
@@ -33,12 +33,23 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Config(AdapterConfig, frozen=True):
     """LoRTA's options."""
 
+    without_patterns = "LoRTA's tensor is the whole model's, of one rank and scale"
     method: Literal["lorta"] = "lorta"
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=MATRICES, description="some of attention's projections (q_proj, k_proj, v_proj, o_proj)"
     )
     rank: int = Field(default=64, ge=1, description="components of the tensor")
     alpha: float = Field(default=128.0, gt=0, description="numerator of the scale")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _attention(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple):
+            odd = [name for name in names if str(name).rpartition(".")[2] not in MATRICES]
+            if odd:
+                raise ValueError(f"lorta serves {', '.join(MATRICES)}, not {odd[0]!r}: name some of these")
+        return value
 
 
 class _Place:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from recovery.base import Adapter, AdapterConfig, Layer, Tensors, zeros
+from recovery.base import Adapter, AdapterConfig, Layer, PositiveInt, Tensors, of_pattern, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,14 @@ VERSION = 1
 class Config(AdapterConfig, frozen=True):
     """MoRA's options."""
 
+    without_patterns = "MoRA's scale is 1"
     method: Literal["mora"] = "mora"
     rank: int = Field(default=8, ge=1, description="rank of the LoRA with about as many parameters")
+    rank_pattern: dict[str, PositiveInt] = Field(default={}, description="rank of the modules a pattern fits")
     kind: Literal["share", "rope"] = Field(default="rope", description="how inputs and outputs are mapped to M")
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        return {"rank_pattern": tuple(self.rank_pattern)}
 
 
 class Method(Adapter[Config]):
@@ -41,7 +46,8 @@ class Method(Adapter[Config]):
     def __init__(self, config: Config, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)
         self.inputs, self.outputs = layer.inputs, layer.outputs
-        side = math.floor(math.sqrt((self.inputs + self.outputs) * config.rank) + 0.5)
+        rank = of_pattern(layer.name, config.rank_pattern, config.rank)
+        side = math.floor(math.sqrt((self.inputs + self.outputs) * rank) + 0.5)
         self.side = max(2, side // 2 * 2) if config.kind == "rope" else side
         self.trainable["M"] = zeros(self.side, self.side)
 

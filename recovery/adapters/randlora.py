@@ -39,12 +39,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
-from recovery.base import Adapter, AdapterConfig, Layer, Tensors, generator_of, random_uniform
+from recovery.base import (
+    Adapter,
+    AdapterConfig,
+    Layer,
+    PositiveFloat,
+    PositiveInt,
+    Tensors,
+    generator_of,
+    of_pattern,
+    random_uniform,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-VERSION = 3
+VERSION, READS = 4, 1
 
 
 class Config(AdapterConfig, frozen=True):
@@ -53,11 +63,18 @@ class Config(AdapterConfig, frozen=True):
     method: Literal["randlora"] = "randlora"
     rank: int = Field(default=32, ge=1, description="inner size of one basis pair; smaller means more parameters")
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; null is 2 rank, the paper's")
+    rank_pattern: dict[str, PositiveInt] = Field(default={}, description="rank of the modules a pattern fits")
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={}, description="alpha of the modules a pattern fits")
     pairing: Literal["paper", "peft"] = Field(default="paper", description="which scale meets which basis column")
     bases: Literal["dense", "sparse", "very_sparse"] = Field(
         default="dense", description="uniform, or of -1, 0 and 1 with a third or 1 / sqrt(width) of them not 0"
     )
-    fused: bool = Field(default=True, description="multiply by merged weights (not if sharded); false: less memory")
+    fused: bool = Field(
+        default=True, description="multiply by merged weights (not if sharded or with dropout); false: less memory"
+    )
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        return {"rank_pattern": tuple(self.rank_pattern), "alpha_pattern": tuple(self.alpha_pattern)}
 
     def few_bits_refusal(self) -> str | None:
         return "randlora keeps a full copy of merged weights; set its `fused` to false" if self.fused else None
@@ -70,45 +87,56 @@ class Method(Adapter[Config]):
         super().__init__(config, layer, shared)
         self.wide = layer.inputs > layer.outputs  # the delta is computed transposed
         self.smaller, self.larger = sorted((layer.outputs, layer.inputs))
-        self.count = math.ceil(self.smaller / config.rank)
+        self.rank = of_pattern(layer.name, config.rank_pattern, config.rank)
+        self.count = math.ceil(self.smaller / self.rank)
+        alpha = 2 * self.rank if config.alpha is None else config.alpha
+        self.alpha = of_pattern(layer.name, config.alpha_pattern, alpha)
         self.step_tokens: int | None = None  # of the optimizer step we are in
-        self.collects, self.collected = False, cast("Tensor | None", None)  # the merged weight's gradient so far
+        self.collects, self.collected = False, cast("Tensor | None", None)  # the merged weight's gradient, float32
+        self.collected_in: dtype | None = None  # what its products were computed in
         self._formed: tuple[Any, Tensor, Tensor, Tensor] | None = None  # W's place, lambda, gamma, W + dW
         base = shared.bases["A"]
-        self.trainable["lambda"] = base.new_zeros(self.count, config.rank)
+        self.trainable["lambda"] = base.new_zeros(self.count, self.rank)
         self.trainable["gamma"] = base.new_full((self.count, self.smaller), 1 / max(self.count, self.smaller))
 
     @classmethod
     def share(cls, config: Config, layers: list[Layer], seed: int) -> Tensors:
-        """A [rank, largest dmin] and B [largest dmax, largest n, rank], float32."""
+        """A [largest rank, largest dmin] and B [largest dmax, largest n, largest rank], float32."""
+        ranks = [of_pattern(layer.name, config.rank_pattern, config.rank) for layer in layers]
+        count = max(
+            math.ceil(min(layer.outputs, layer.inputs) / rank) for layer, rank in zip(layers, ranks, strict=True)
+        )
+        rank = max(ranks)
         smaller = max(min(layer.outputs, layer.inputs) for layer in layers)
         larger = max(max(layer.outputs, layer.inputs) for layer in layers)
         generator = generator_of(seed)
-        down = random_uniform((config.rank, smaller), 1.0, generator)
-        up = random_uniform((larger, math.ceil(smaller / config.rank), config.rank), 1.0, generator)
+        down = random_uniform((rank, smaller), 1.0, generator)
+        up = random_uniform((larger, count, rank), 1.0, generator)
         if config.bases != "dense":
             filled = 1 / 3 if config.bases == "sparse" else 1 / math.sqrt(smaller)
             down, up = (basis.sign() * (basis.abs() > 1 - filled) for basis in (down, up))
             if not down.any():
-                raise ValueError(f"{config.bases} bases of rank {config.rank} came out as zeros: take bases: dense")
+                raise ValueError(f"{config.bases} bases of rank {rank} came out as zeros: take bases: dense")
         # Dividing by the standard deviation undoes any Kaiming bound, so the bound need not be put in first.
         return Tensors(bases={"A": down / down.std(), "B": up / up.std()})
 
     def scale(self) -> float:
         """s = alpha / rank / sqrt(n)."""
-        alpha = 2 * self.config.rank if self.config.alpha is None else self.config.alpha
-        return alpha / self.config.rank / math.sqrt(self.count)
+        return self.alpha / self.rank / math.sqrt(self.count)
 
     def _factors(self, scales: Tensor, gamma: Tensor, kind: dtype) -> tuple[Tensor, Tensor]:
         """[dmax, n rank] and s times [n rank, dmin]: the delta is their product."""
         # down[b, r, j] = lambda[b, r] * A[r, j] * gamma[b, j]
-        down = (self.scale() * scales)[:, :, None] * self.shared.bases["A"][:, : self.smaller] * gamma[:, None, :]
+        down = (self.scale() * scales)[:, :, None] * self._down() * gamma[:, None, :]
         if self.config.pairing == "peft":
             down = down.transpose(0, 1)
         return self._up(kind), down.flatten(0, 1).to(kind)
 
     def _up(self, kind: dtype) -> Tensor:
-        return self.shared.bases["B"][: self.larger, : self.count].flatten(1).to(kind)
+        return self.shared.bases["B"][: self.larger, : self.count, : self.rank].flatten(1).to(kind)
+
+    def _down(self) -> Tensor:
+        return self.shared.bases["A"][: self.rank, : self.smaller]
 
     def delta(self, weight: Tensor) -> Tensor:
         up, down = self._factors(self.trainable["lambda"], self.trainable["gamma"], self.trainable["gamma"].dtype)
@@ -182,9 +210,14 @@ class Method(Adapter[Config]):
         if not self.collects:
             return self._reduced(dy.T @ x)
         if self.collected is None:
-            self.collected = dy.T @ x
-        else:
+            self.collected, self.collected_in = (
+                (dy.T @ x).float(),
+                dy.dtype,
+            )  # 16 bits would lose what later micro-batches add
+        elif dy.dtype == self.collected.dtype:
             self.collected.addmm_(dy.T, x)
+        else:
+            self.collected += dy.T @ x
         return None, None
 
     def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,10 +227,10 @@ class Method(Adapter[Config]):
     def _of_down(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the factor with lambda and gamma in it [n rank, dmin] to theirs."""
         if self.config.pairing == "peft":
-            parts = product.unflatten(0, (self.config.rank, self.count)).transpose(0, 1)
+            parts = product.unflatten(0, (self.rank, self.count)).transpose(0, 1)
         else:
-            parts = product.unflatten(0, (self.count, self.config.rank))
-        parts = parts.float().mul_(self.scale() * self.shared.bases["A"][:, : self.smaller])  # [n, rank, dmin]
+            parts = product.unflatten(0, (self.count, self.rank))
+        parts = parts.float().mul_(self.scale() * self._down())  # [n, rank, dmin]
         scales, gamma = self.trainable["lambda"].detach(), self.trainable["gamma"].detach()
         return (parts @ gamma[:, :, None]).squeeze(2), (scales[:, None] @ parts).squeeze(1)
 
@@ -206,6 +239,6 @@ class Method(Adapter[Config]):
         if self.collected is None:
             return
         parameters = self.trainable["lambda"], self.trainable["gamma"]
-        for parameter, gradient in zip(parameters, self._reduced(self.collected), strict=True):
+        for parameter, gradient in zip(parameters, self._reduced(self.collected.to(self.collected_in)), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self.collected = None

@@ -13,7 +13,7 @@ from typing import Literal
 
 from recovery.adapters import lora
 
-VERSION = 2
+VERSION, READS = 2, 1
 
 
 class Config(lora.LowRankConfig, frozen=True):

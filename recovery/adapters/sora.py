@@ -23,7 +23,7 @@ from recovery.base import Adapter, Layer, Tensors, generator_of, random_normal
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION, READS = 2, 1
 
 
 class Config(lora.LowRankConfig, frozen=True):
@@ -35,6 +35,8 @@ class Config(lora.LowRankConfig, frozen=True):
 
 class Method(lora.Method[Config]):
     """One layer's A, B and gates."""
+
+    undecayed = ("gate",)  # what shrinks gates is the proximal step
 
     def __init__(self, config: Config, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)

@@ -23,6 +23,7 @@ VERSION = 1
 class Config(AdapterConfig, frozen=True):
     """VeRA's options."""
 
+    without_patterns = "VeRA's factors are the whole model's, of one rank, and its scale is 1"
     method: Literal["vera"] = "vera"
     rank: int = Field(default=256, ge=1, description="inner size of the shared factors")
     start: float = Field(default=0.1, gt=0, description="first value of v")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +21,7 @@ METHODS = adapters.names()
 OPTIONS: list[dict[str, Any]] = [{"method": name} for name in METHODS if name not in ("lora_mini", "lorta")]
 OPTIONS += [{"method": "lora_mini", "a": 16, "b": 16, "alpha": 8}, {"method": "lorta", "rank": 16, "alpha": 64}]
 OPTIONS += [{"method": "randlora", "pairing": "peft"}, {"method": "mora", "kind": "share"}]
-OPTIONS += [{"method": "randlora", "bases": "sparse"}]
+OPTIONS += [{"method": "randlora", "bases": "sparse"}, {"method": "randlora", "rank_pattern": {"q_proj": 2}}]
 RATES = {"edora": 0.03, "increlora": 0.03, "lorta": 0.03, "vera": 0.03}  # few parameters, or a start at rank 1
 SHAPES = [(32, 32), (48, 32), (32, 48), (7, 13), (13, 7), (5, 1), (1, 6)]  # out, in: square, tall, wide, odd, thin
 
@@ -183,6 +183,31 @@ def test_loss_falls(options: dict[str, Any], tiny_model: LlamaForCausalLM) -> No
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("what", ["older", "too old", "newer", "not finite"])
+def test_saved_adapters_of_other_versions_and_broken_ones(
+    what: str, tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    module, plain = adapters.load("randlora"), copy.deepcopy(tiny_model)
+    inject.attach(tiny_model, module.Config(), 0)
+    shake(list(inject.trainable(tiny_model).values()))
+    inject.save(tiny_model, tmp_path, 0)
+    said = json.loads((tmp_path / "adapter.json").read_text())
+    said["method_version"] = {"older": 1, "too old": 0, "newer": module.VERSION + 1}.get(what, module.VERSION)
+    (tmp_path / "adapter.json").write_text(json.dumps(said))
+    if what == "older":  # the same function since version 1, which was made faster only
+        inject.attach_saved(plain, tmp_path)
+        assert torch.equal(plain(ids_for(plain)).logits, tiny_model(ids_for(plain)).logits)
+        return
+    if what == "not finite":
+        tensors = load_file(tmp_path / "adapter.safetensors")
+        tensors["model.layers.1.mlp.up_proj.gamma"][0, 0] = float("nan")
+        save_file(tensors, tmp_path / "adapter.safetensors")
+    message = "up_proj.gamma holds numbers that are not finite" if what == "not finite" else "train it again"
+    with pytest.raises(ValueError, match=message):
+        inject.attach_saved(plain, tmp_path)
+    assert not inject.adapted(plain)
 
 
 def test_seeds_differ_by_layer_and_run(tiny_model: LlamaForCausalLM) -> None:

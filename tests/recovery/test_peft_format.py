@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from recovery import adapters, inject, peft_format, peft_read, peft_write
@@ -66,6 +67,8 @@ def test_peft_loads_what_ours_writes(options: dict[str, Any], tiny_model: LlamaF
         peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, rank_pattern={"up_proj": 6, "k_proj": 2}),
         peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], use_rslora=True, alpha_pattern={"q_.*": 3}),
         peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, use_dora=True, use_rslora=True),
+        peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=peft.EvaConfig()),
+        peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="mica"),
         peft.VeraConfig(r=6, target_modules=TARGETS),
         peft.RandLoraConfig(r=5, target_modules=TARGETS, randlora_alpha=10),
         peft.RandLoraConfig(r=5, target_modules=TARGETS, randlora_alpha=10, sparse=True),
@@ -84,6 +87,18 @@ def test_ours_reads_what_peft_writes(settings: Any, tiny_model: LlamaForCausalLM
     assert difference is not None
     assert difference < 1e-5
     torch.testing.assert_close(merged(IDS).logits, theirs.merge_and_unload()(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_a_bfloat16_file_is_read_exactly(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    settings = peft.RandLoraConfig(r=5, target_modules=TARGETS, randlora_alpha=10)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(tiny_model), settings).eval()  # type: ignore
+    shake(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    again: Any = peft.PeftModel.from_pretrained(copy.deepcopy(tiny_model), tmp_path).eval()
+    peft_read.attach(tiny_model, tmp_path)
+    torch.testing.assert_close(tiny_model(IDS).logits, again(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_read_exactly_is_refused(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -114,7 +129,11 @@ def test_what_cannot_be_read_exactly_is_refused(tiny_model: LlamaForCausalLM, tm
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "mora"}, "no form of mora"), ({"method": "randlora", "rank": 4}, "pairing: peft")],
+    [
+        ({"method": "mora"}, "no form of mora"),
+        ({"method": "randlora", "rank": 4}, "pairing: peft"),
+        ({"method": "randlora", "rank": 4, "pairing": "peft", "rank_pattern": {"q_proj": 2}}, "one rank and alpha"),
+    ],
 )
 def test_what_peft_has_no_form_for(
     options: dict[str, Any], message: str, tiny_model: LlamaForCausalLM, tmp_path: Path

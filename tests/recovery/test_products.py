@@ -113,6 +113,20 @@ def test_fused_bfloat16_is_as_good_as_the_unfused() -> None:
     assert all(gradient.dtype == torch.float32 for gradient in found[True][2:])
 
 
+def test_bfloat16_gradients_are_collected_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 micro-batches that pull the same way: a sum kept in eight bits would stop growing."""
+    monkeypatch.setattr(products, "slow_bfloat16", lambda: False)
+    module, passes = built("paper", (48, 32), torch.bfloat16), 64
+    parameters = list(module.adapter.parameters())
+    xs, dys = (1 + 0.3 * normal(passes, 200, size, seed=size).bfloat16() for size in (32, 48))
+    with module.method.step({"layer": module.method}, 200 * passes, passes):
+        for x, dy in zip(xs, dys, strict=True):
+            module(x).backward(dy)
+    y = nn.functional.linear(xs.float(), by_formula(module, "paper"), module.linear.bias.float())
+    for found, exact in zip(parameters, torch.autograd.grad(y, parameters, dys.float()), strict=True):
+        assert float((found.grad - exact).norm() / exact.norm()) < 6e-3
+
+
 def test_merged_weight_is_formed_once_and_never_stale(tiny_model: LlamaForCausalLM, monkeypatch: Any) -> None:
     method = adapters.load("randlora").Method
     formed: list[int] = []

@@ -25,6 +25,20 @@ def examples_of(row: Row) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.tensor([row.ids[a:b]]), torch.tensor(row.labels[a:b])) for a, b in zip(starts, ends, strict=True)]
 
 
+def test_weight_decay_leaves_soras_gates_alone(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Path):
+    """Without a gradient (a rate that rounds to nothing) only decay would move them."""
+    settings: dict[str, Any] = {"tokens": 700, "batch_tokens": 230, "max_length": 75, "learning_rate": 1e-3}
+    settings |= {"validation": {"fraction": 0.0}, "weight_decay": 100.0, "clip": 1e-30}
+    config = RecoveryConfig.model_validate({"adapter": {"method": "sora", "rank": 4, "threshold": 0}, **settings})
+    other = LlamaForCausalLM(tiny_model.config)
+    inject.attach(other, config.adapter, config.seed)
+    train(tiny_model, tiny_tokenizer, [(1.0, EXAMPLES)], config, tmp_path)
+    before, after = inject.trainable(other), inject.trainable(tiny_model)
+    for name, parameter in after.items():
+        share = float(parameter.detach().norm() / before[name].detach().norm()) if before[name].any() else 1.0
+        assert share == pytest.approx(1.0, abs=1e-6) if name.endswith((".gate", ".B")) else share < 0.9, name
+
+
 @pytest.mark.parametrize("clip", [0.01, 100.0])
 def test_steps_are_plain_autograd_and_adamw(
     clip: float, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Path
