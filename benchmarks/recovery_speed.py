@@ -34,7 +34,7 @@ from pipeline.sections import DataConfig
 from pipeline.sources import Sources
 from pipeline.store import Store
 from recovery import adapters, inject
-from recovery.data import IGNORED, Example, Tokens, batches, encode, pack
+from recovery.data import IGNORED, Tokens, batches, encode, pack
 from recovery.loss import labelled, row_loss
 
 SUITES = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
@@ -82,13 +82,9 @@ def examples(folder: Path, tokenizer: Any, repeats: int, count: int) -> list[lis
     """Encoded examples of all suites' train splits, shuffled, for every repeat."""
     with tempfile.TemporaryDirectory() as store:
         sources = Sources(Store(Path(store)), {})
-        found = [
-            Example(*pair)
-            for suite in SUITES
-            for pair in rows.pairs(
-                sources, DataConfig(source=f"path:{folder / suite / 'train.jsonl'}", suite=suite, limit=LIMIT)
-            )
-        ]
+        files = {suite: f"path:{folder / suite / 'train.jsonl'}" for suite in SUITES}
+        wanted = [DataConfig(source=source, suite=suite, limit=LIMIT) for suite, source in files.items()]
+        found = [example for part in wanted for example in rows.examples(sources, part, LONGEST)]
     chosen = random.Random(0).sample(found, repeats * count)
     parts = [chosen[n * count : (n + 1) * count] for n in range(repeats)]
     return [[t for e in part for t in encode(tokenizer, e, "response", LONGEST)] for part in parts]

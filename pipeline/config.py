@@ -69,6 +69,15 @@ class RunConfig(BaseModel):
                     f"pruning.compensation: ridge: auto judges by every {HELD_OUT}th calibration window, and {windows} "
                     "are asked for; raise samples, or give ridge a number"
                 )
+        distillation = self.recovery and self.recovery.distillation
+        if distillation and distillation.hidden and self.pruning:
+            gone = [kind for kind in ("hidden", "layers") if kind in self.pruning.structures]
+            gone += ["layers"] if self.pruning.depth else []
+            if gone:
+                raise ValueError(
+                    f"recovery.distillation.hidden: the teacher's hidden states match none of a model with {gone[0]} "
+                    "pruned; set it to 0"
+                )
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")
         labels = [wanted.label for wanted in self.export]

@@ -17,6 +17,7 @@ from pipeline.sources import Sources
 from pipeline.steps import Step
 from pruning.config import SERVED
 from recovery import saved, targets
+from recovery.data import Example, hold_out
 
 
 def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
@@ -30,11 +31,10 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_pruning(config, sources)
     if "recover" in stages:
         check_base(config)
+        check_length(config, sources)
         check_targets(config, sources)
-    if stages & {"teacher", "recover", "merge"}:
-        for index, part in enumerate(config.data):
-            if not _train_texts(sources, part):
-                raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")
+    if config.recovery and stages & {"teacher", "recover", "merge"}:
+        check_data(config, sources)
     if stages & {"merge", "export"} and config.adapter:
         check_adapter(config, config.adapter, sources)
     for part in dict.fromkeys(scored):
@@ -91,6 +91,35 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
         raise ConfigError(f"pruning.{error}") from error
 
 
+def check_data(config: RunConfig, sources: Sources) -> None:
+    """Refuse training rows of which nothing is left, or nothing can be held out where that would end the run."""
+    assert config.recovery is not None
+    settings, found = config.recovery.validation, list[tuple[float, list[Example]]]()
+    for index, part in enumerate(config.data):
+        examples = rows.examples(sources, part, config.recovery.max_length)
+        if not any(example.response for example in examples):
+            raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")
+        found.append((part.weight, examples))
+    try:
+        _, held = hold_out(found, settings.fraction, config.recovery.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if settings.patience and not any(held):
+        raise ConfigError(
+            "recovery.validation.patience: no source has the ten examples from which on one is held out, so no loss "
+            "could end the run; leave patience out, or raise recovery.validation.fraction"
+        )
+
+
+def check_length(config: RunConfig, sources: Sources) -> None:
+    """Refuse rows longer than the model has positions."""
+    assert config.recovery is not None
+    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    longest, asked = said.get("max_position_embeddings"), config.recovery.max_length
+    if longest and asked > longest:
+        raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {config.model.source}")
+
+
 def check_targets(config: RunConfig, sources: Sources) -> None:
     """Refuse an adapter's targets or patterns that fit no layer of the dense model."""
     assert config.recovery is not None
@@ -130,9 +159,3 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
 def _marks(sources: Sources, part: RowsConfig) -> set[str]:
     suite = suites.load(part.suite or "")
     return {mark for row in rows.read_rows(sources, part) for mark in rows.identities(suite, row)}
-
-
-def _train_texts(sources: Sources, part: RowsConfig) -> bool:
-    if part.field or part.format == "text":
-        return bool(rows.texts(sources, part))
-    return bool(rows.read_rows(sources, part))

@@ -70,7 +70,6 @@ def adapter_of(runner: "Runner", step: Step, scratch: Path) -> tuple[PreTrainedM
 
 
 def _examples(runner: "Runner") -> list[tuple[float, list[Example]]]:
-    return [
-        (part.weight, [Example(*pair, end=part.format == "instruction") for pair in rows.pairs(runner.sources, part)])
-        for part in runner.config.data
-    ]
+    settings = runner.config.recovery
+    assert settings is not None
+    return [(part.weight, rows.examples(runner.sources, part, settings.max_length)) for part in runner.config.data]

@@ -8,18 +8,20 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from evaluation import suites
 from evaluation.instructions import alpaca, instruction
 from evaluation.suites import Suite
 from pipeline.errors import SourceError
-from pipeline.sections import PerplexityConfig, RowsConfig
+from pipeline.sections import DataConfig, PerplexityConfig, RowsConfig
 from pipeline.sources import Sources
+from recovery.data import Example
 
 VERSION = 1  # in the key of everything made from rows: raise it when the same source would give other rows
 
+CHARACTERS = 4  # of a token of English text, about
 PARQUET = b"PAR1"  # how every Parquet file begins
 Row = dict[str, Any]
 
@@ -67,11 +69,38 @@ def texts(sources: Sources, config: RowsConfig) -> list[str]:
     return list(dict.fromkeys(text for text in found if text.strip()))
 
 
-def pairs(sources: Sources, config: RowsConfig) -> list[tuple[str, str]]:
-    """(prompt, response) pairs; plain text has an empty prompt."""
-    if config.format == "text" or config.field:
-        return [("", text) for text in texts(sources, config)]
+def examples(sources: Sources, config: DataConfig, longest: int) -> list[Example]:
+    """What a source gives to train on, each with the passage or question that it may share with others.
+
+    A plain text file is cut between lines into blocks of about `longest` tokens, so that it has an order to draw and
+    parts to hold out.
+    """
+    if config.format == "text":
+        blocks = [block for text in texts(sources, config) for block in _blocks(text, CHARACTERS * longest)]
+        return [Example("", block) for block in blocks]
+    if config.field:
+        return [Example("", text, group=normalised(text)) for text in texts(sources, config)]
     rows = read_rows(sources, config)
+    groups = [identities(suites.load(config.suite), row)[0] if config.suite else "" for row in rows]
+    found = zip(_pairs(config, rows), groups, strict=True)
+    return [Example(*pair, end=config.format == "instruction", group=group) for pair, group in found]
+
+
+def _blocks(text: str, size: int) -> Iterator[str]:
+    """Whole lines up to `size` characters; a longer line is cut."""
+    lines = (line[at : at + size] for line in text.splitlines(keepends=True) for at in range(0, len(line), size))
+    block = ""
+    for line in lines:
+        if block and len(block) + len(line) > size:
+            yield block
+            block = ""
+        block += line
+    if block.strip():
+        yield block
+
+
+def _pairs(config: RowsConfig, rows: list[Row]) -> list[tuple[str, str]]:
+    """(prompt, response) of every row."""
     if config.format == "pairs":
         place = config.source
         return [(_field(r, "prompt", n, place), _field(r, "response", n, place)) for n, r in enumerate(rows)]
@@ -80,9 +109,9 @@ def pairs(sources: Sources, config: RowsConfig) -> list[tuple[str, str]]:
         return [(question.prompt, question.response) for question in asked]
     if config.format == "instruction":
         return [_alpaca(row, index, config.source) for index, row in enumerate(rows)]
-    from evaluation.examples import examples
+    from evaluation.examples import examples as of_suite
 
-    return examples(suites.load(cast("str", config.suite)), rows)
+    return of_suite(suites.load(cast("str", config.suite)), rows)
 
 
 def half_of(text: str) -> str:

@@ -140,8 +140,9 @@ class Runner:
         model, tokenizer = self.load(self.folder(step))
         adapter = self.adapter(step)
         layers = saved.attach(model, adapter)
-        if self.config.data:
-            texts = [prompt + response for prompt, response in rows.pairs(self.sources, self.config.data[0])[:64]]
+        if self.config.recovery:
+            found = rows.examples(self.sources, self.config.data[0], self.config.recovery.max_length)
+            texts = [example.prompt + example.response for example in found[:64]]
         else:
             texts = [check.passage()]
         ids: Any = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]

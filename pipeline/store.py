@@ -84,8 +84,11 @@ class Store:
                 return found, "cached"
             work = self.root / ".work" / name
             workspace = Workspace(work / "out", work / "scratch")
-            if force:
+            forced = work / "forced"  # a build anew that was stopped goes on, as any other
+            if force and not forced.exists():
                 shutil.rmtree(workspace.scratch, ignore_errors=True)
+                work.mkdir(parents=True, exist_ok=True)
+                forced.touch()
             status = "resumed" if workspace.scratch.is_dir() and any(workspace.scratch.iterdir()) else "built"
             shutil.rmtree(workspace.out, ignore_errors=True)
             workspace.out.mkdir(parents=True)

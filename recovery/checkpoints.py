@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST, BEST = "last.safetensors", "best-{}.safetensors"  # of a step
 STEADY = "steady.safetensors"  # while the loss is rising: the last from before
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -28,20 +26,32 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 
 
 def keep(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rising: bool) -> None:
-    """Write the checkpoint a stopped run goes on from; while the loss rises, the one from before stays beside it."""
+    """Write the checkpoint a stopped run goes on from; while the loss rises, the one from before stays beside it.
+
+    Best adapters of other steps than `state` names go: no run will ask for them again.
+    """
     last, steady = folder / LAST, folder / STEADY
     if not rising:
         steady.unlink(missing_ok=True)
     elif last.is_file() and not steady.is_file():
         shutil.copyfile(last, steady)
     write(last, tensors, state)
+    for path in _bests(folder):
+        if path.name != BEST.format(state["best_step"]):
+            path.unlink()
 
 
 def good(folder: Path) -> str:
     """The last checkpoint from before a rise, and the best adapter, with their steps."""
-    names = {"": STEADY if (folder / STEADY).is_file() else LAST, "best adapter: ": BEST}
-    found = {what: folder / name for what, name in names.items() if (folder / name).is_file()}
+    paths = {"": folder / (STEADY if (folder / STEADY).is_file() else LAST)}
+    if bests := _bests(folder):
+        paths["best adapter: "] = max(bests, key=lambda path: state_of(path)["step"])
+    found = {what: path for what, path in paths.items() if path.is_file()}
     return ", ".join(f"{what}{path} of step {state_of(path)['step']}" for what, path in found.items()) or "none yet"
+
+
+def _bests(folder: Path) -> list[Path]:
+    return list(folder.glob(BEST.format("*")))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -55,24 +65,3 @@ def state_of(path: Path) -> dict[str, Any]:
     """A checkpoint's state, without reading its tensors."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["state"])
-
-
-def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as tensors named `moment:parameter`."""
-    return {
-        f"{moment}:{name}": optimizer.state[parameter][moment]
-        for name, parameter in parameters.items()
-        for moment in MOMENTS
-    }
-
-
-def restore(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    """Put the moments of a checkpoint back into AdamW, taking them out of `tensors`."""
-    for name, parameter in parameters.items():
-        found = {moment: tensors.pop(f"{moment}:{name}") for moment in MOMENTS}
-        # AdamW's step counter stays on the CPU, the others lie beside their parameter.
-        optimizer.state[parameter] = {
-            moment: tensor if moment == "step" else tensor.to(parameter.device) for moment, tensor in found.items()
-        }

@@ -4,6 +4,7 @@ All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is
 `quantized_base` where it is set.
 """
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
@@ -22,6 +23,12 @@ class Validation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     tokens: int = Field(default=2048, ge=1, description="held-out tokens scored each time, about")
     times: int = Field(default=4, ge=1, description="how often during the run, at even distances, the last at the end")
     patience: int | None = Field(default=None, ge=1, description="measurements without a better one that end the run")
+
+    @model_validator(mode="after")
+    def _held_out(self) -> "Validation":
+        if self.patience and not self.fraction:
+            raise ValueError("patience: with fraction 0 nothing is held out to measure; leave it out, or set fraction")
+        return self
 
 
 class Distillation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -72,7 +79,9 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     gradient_checkpointing: bool = Field(
         default=False, exclude=True, description="compute each layer's inside again in the backward pass: less memory"
     )
-    checkpoint_every: float = Field(default=60.0, ge=0, exclude=True, description="seconds between checkpoints")
+    checkpoint_every: float = Field(
+        default=60.0, ge=0, exclude=True, allow_inf_nan=True, description="seconds between checkpoints; .inf: never"
+    )
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -82,7 +91,9 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
             return value
         name, known = value.get("method"), adapters.names()
         if name not in known:
-            raise ValueError(f"method: no adapter is called {name!r}; there are {', '.join(known)}")
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"method: no adapter is called {name!r}{hint}; there are {', '.join(known)}")
         return adapters.load(name).Config.model_validate(value)
 
     @model_validator(mode="after")

@@ -22,6 +22,11 @@ class Example:
     prompt: str
     response: str
     end: bool = False
+    group: str = ""  # what it shares with others, a passage: none of them trains where one is held out
+
+    def shared(self) -> Any:
+        """The group, or the example itself where it stands alone."""
+        return self.group or (self.prompt, self.response, self.end)
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,22 @@ def hold_out(
 ) -> tuple[list[tuple[float, list[Example]]], list[list[Example]]]:
     """Set a seeded share of every source's examples aside for validation; at least one where there are ten.
 
-    An example that was set aside is left out of training wherever it stands again. Returns training and held-out parts.
+    An example that was set aside is left out of training wherever it stands again, and so is all of its group. Returns
+    training and held-out parts. Raises ValueError for a source of which nothing is left to train on.
     """
     held: list[list[Example]] = []
     for number, (_, examples) in enumerate(sources):
         count = max(round(fraction * len(examples)), 1 if fraction and len(examples) >= 10 else 0)
         held.append(random.Random(seed_of(seed, "validation", number)).sample(examples, count))
-    aside = {example for part in held for example in part}
-    return [(weight, [e for e in examples if e not in aside]) for weight, examples in sources], held
+    aside = {example.shared() for part in held for example in part}
+    training = [(weight, [e for e in examples if e.shared() not in aside]) for weight, examples in sources]
+    for number, ((_, before), (_, after)) in enumerate(zip(sources, training, strict=True)):
+        if before and not after:
+            raise ValueError(
+                f"recovery.data.{number}: all of its {len(before)} examples are held out, or equal to what is; set "
+                "recovery.validation.fraction to 0 or give it other rows"
+            )
+    return training, held
 
 
 def mix(
@@ -85,7 +98,7 @@ def mix(
     """
     for number, (weight, _) in enumerate(sources):
         if not weight > 0:
-            raise ValueError(f"recovery source {number}: weight {weight} is not positive; leave the source out instead")
+            raise ValueError(f"recovery.data.{number}: weight {weight} is not positive; leave the source out instead")
     streams = [_stream(examples, tokenizer, loss, longest, seed, n) for n, (_, examples) in enumerate(sources)]
     fed = [0] * len(sources)
     while True:
@@ -137,7 +150,7 @@ def _stream(
                 empty = False
                 yield tokens
         if empty:
-            raise ValueError(f"recovery source {number}: none of {len(examples)} examples has a token to learn")
+            raise ValueError(f"recovery.data.{number}: none of {len(examples)} examples has a token to learn")
         epoch += 1
 
 

@@ -19,6 +19,7 @@ class State:
     rows: int = 0
     tokens: int = 0
     labelled: int = 0
+    start: float | None = None  # held-out loss before the first step
     best: float = math.inf
     best_step: int = 0
     validation: list[dict[str, float]] = field(default_factory=list)
@@ -35,18 +36,23 @@ def diverged(state: State, loss: float) -> bool:
         return False
     mean = sum(state.recent) / RECENT
     state.lowest = min(state.lowest, mean)
-    return _above(state, mean, 1.0)
+    return _above(state.lowest, mean, 1.0)
+
+
+def failed(state: State, loss: float) -> bool:
+    """Is a held-out loss no number, or as far above the one before training as a divergence?"""
+    return not math.isfinite(loss) or (state.start is not None and _above(state.start, loss, 1.0))
 
 
 def rising(state: State) -> bool:
     """Has the mean, or the last loss alone, gone a quarter of that way? A divergence may have begun."""
     mean = sum(state.recent) / RECENT
-    return _above(state, max(mean, *state.recent[-1:]), 0.25)
+    return _above(state.lowest, max(mean, *state.recent[-1:]), 0.25)
 
 
-def _above(state: State, loss: float, part: float) -> bool:
-    """Has a loss gone this part of the way from the lowest mean to where a run has diverged?"""
-    return loss > state.lowest + part * (0.5 * state.lowest + 1)
+def _above(lowest: float, loss: float, part: float) -> bool:
+    """Has a loss gone this part of the way from the lowest to where a run has diverged?"""
+    return loss > lowest + part * (0.5 * lowest + 1)
 
 
 def worn_out(state: State, patience: int | None) -> bool:
@@ -95,6 +101,7 @@ def report(folder: Path, state: State, trainable: int, layers: int, stopped: boo
         "loss_first_10": sum(losses[:10]) / len(losses[:10]),
         "loss_last_10": sum(losses[-10:]) / len(losses[-10:]),
         "loss": [round(sum(part) / len(part), 5) for part in tenths],
+        "validation_start": state.start,
         "validation": state.validation,
         "best_step": state.best_step or state.step,
         "stopped_early": stopped,

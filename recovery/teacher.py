@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recovery import checkpoints, products
+from recovery import checkpoints, interrupt, products
 from recovery.base import seed_of
 from recovery.config import Distillation
 from recovery.data import IGNORED, Row
@@ -118,13 +118,16 @@ def keep(
     for path in _shards(scratch):
         with safe_open(path, framework="pt") as file:
             done += sum(len(row.ids) for row in itertools.islice(stream, len(file.get_tensor("rows"))))
-    for row in stream:
-        held.add(row, asked(row))
-        done += len(row.ids)
-        progress(done, tokens, "")
-        if held.positions >= SHARD or time.monotonic() - saved >= SAVE_EVERY:
-            held.write(scratch)
-            held, saved = _Shard(), time.monotonic()
+    with interrupt.noticed() as pressed:
+        for row in stream:
+            held.add(row, asked(row))
+            done += len(row.ids)
+            progress(done, tokens, "")
+            if pressed() or held.positions >= SHARD or time.monotonic() - saved >= SAVE_EVERY:
+                held.write(scratch)
+                held, saved = _Shard(), time.monotonic()
+            if pressed():
+                raise KeyboardInterrupt
     held.write(scratch)
     for path in _shards(scratch):
         shutil.copyfile(path, folder / path.name)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recovery import adapters, checkpoints, distill, history, inject, parallel, quantized
+from recovery import adapters, checkpoints, distill, history, inject, interrupt, parallel, quantized
 from recovery.base import Adapter, seed_of
 from recovery.config import RecoveryConfig
 from recovery.data import Row, batches
 from recovery.feed import Sources, feed, within_budget
 from recovery.history import State
 from recovery.loss import labelled, mean_loss, row_loss
+from recovery.optimizer import adamw, moments, restore, schedule
 from recovery.teacher import Teacher, distilled
 
 Progress = Callable[[int, int, str], None]
@@ -56,22 +57,19 @@ def train(
     remaining = itertools.islice(rows, run.state.rows, None)
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
-    for batch in batches(remaining, left, config.batch_tokens, config.max_length):
-        if history.worn_out(run.state, config.validation.patience):
-            break
-        run.step(batch)
-        if time.monotonic() - saved >= config.checkpoint_every and parallel.rank() == 0:
-            run.save()
-            saved = time.monotonic()
+    run.look()
+    with interrupt.noticed() as pressed:
+        for batch in batches(remaining, left, config.batch_tokens, config.max_length):
+            if history.worn_out(run.state, config.validation.patience):
+                break
+            run.step(batch)
+            stopped = parallel.add_up([float(pressed())])[0] > 0  # all processes stop at one step
+            if (stopped or time.monotonic() - saved >= config.checkpoint_every) and parallel.rank() == 0:
+                run.save()
+                saved = time.monotonic()
+            if stopped:
+                raise KeyboardInterrupt
     return run.finish()
-
-
-def schedule(share: float, config: RecoveryConfig) -> float:
-    """The factor of the learning rate once `share` of the tokens is fed: a linear rise, then a cosine."""
-    if share < config.warmup:
-        return share / config.warmup
-    along = min(1.0, (share - config.warmup) / (1 - config.warmup))
-    return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * along))
 
 
 class _Run:
@@ -109,13 +107,8 @@ class _Run:
             self.within = parallel.shard(model, inject.registered(model).values())
         self.parameters = inject.trainable(model)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        decayed: dict[float, list[Any]] = {}
-        for name, parameter in self.parameters.items():
-            free = name.rpartition(".")[2] in self.method.undecayed
-            decayed.setdefault(0.0 if free else config.weight_decay, []).append(parameter)
-        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in decayed.items()]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+            self._recompute("enable")
+        self.optimizer = adamw(self.parameters, self.method.undecayed, config)
         self.adapter: dict[str, Any] = adapter.model_dump(mode="json")
         self.state, self.loss = State(), math.nan
         if before:
@@ -142,7 +135,7 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint from which a stopped run goes on."""
-        tensors = {**self._tensors(), **checkpoints.moments(self.optimizer, self.parameters)}
+        tensors = {**self._tensors(), **moments(self.optimizer, self.parameters)}
         described = {"config": self._described(), "adapter": self.adapter, "fitted": self.fitted, **asdict(self.state)}
         checkpoints.keep(self.scratch, tensors, described, history.rising(self.state))
 
@@ -153,13 +146,14 @@ class _Run:
         if not state.validation or state.validation[-1]["step"] != state.step:
             self._validate()
         if self.validation and state.best_step != state.step:
-            best, _ = checkpoints.read(self.scratch / checkpoints.BEST)
-            inject.load_tensors(self.model, best, str(self.scratch / checkpoints.BEST))
+            path = self._best(state.best_step)
+            best, _ = checkpoints.read(path)
+            inject.load_tensors(self.model, best, str(path))
         with torch.no_grad():
             self.method.finish(self._methods())
         self.model.eval()
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            self._recompute("disable")
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
         if parallel.rank() > 0:
             return {}
@@ -181,11 +175,11 @@ class _Run:
         parallel.add_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
-            self._fail(f"is {losses['loss']} (gradient norm {float(norm)})", batch)
+            self._fail(f"loss is {losses['loss']} (gradient norm {float(norm)})", batch)
         if history.diverged(self.state, losses["loss"]):
             recent = sum(self.state.recent) / len(self.state.recent)
             self._fail(
-                f"has risen to {recent:.3g} from {self.state.lowest:.3g} (means of {history.RECENT} steps)", batch
+                f"loss has risen to {recent:.3g} from {self.state.lowest:.3g} (means of {history.RECENT} steps)", batch
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -201,13 +195,11 @@ class _Run:
         settings, teacher = self.config.distillation, self.teacher
         positions = sum(sum(distilled(row, settings.positions)) for row in batch) if settings else 0
         sums = [0.0, 0.0, 0.0]
-        dropout = self.config.adapter.dropout > 0
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         for place, row, counts in parallel.share(batch):
             over = (count, positions) if counts else (math.inf, math.inf)
-            with torch.random.fork_rng(devices, enabled=dropout):
-                if dropout:
-                    torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step, place))
+            with torch.random.fork_rng(devices):  # for the adapter's dropout, and the model's own
+                torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step, place))
                 if settings and teacher:
                     terms = self.within(partial(distill.accumulate, self.model, row, teacher, settings, *over))
                     sums = [total + term * counts for total, term in zip(sums, terms, strict=True)]
@@ -220,23 +212,40 @@ class _Run:
         sums = parallel.add_up(sums)
         return distill.means(sums, settings, count, positions) if settings else {"loss": sums[0] / count}
 
+    def look(self) -> None:
+        """Measure the held-out loss before the first step: what training must not make far worse."""
+        if self.validation and self.state.start is None and not self.state.step:
+            self.state.start = self.within(partial(mean_loss, self.model, self.validation))
+
     def _validate(self) -> None:
         """Measure the held-out loss; keep the adapter when it is the best so far."""
         if not self.validation:
             return
         state, loss = self.state, self.within(partial(mean_loss, self.model, self.validation))
+        if history.failed(state, loss):
+            self._fail(f"held-out loss is {loss:.3g}, before training it was {state.start or math.nan:.3g},")
         state.validation.append({"step": state.step, "tokens": state.tokens, "loss": loss})
         if loss < state.best:
             state.best, state.best_step = loss, state.step
             if parallel.rank() == 0:
-                checkpoints.write(self.scratch / checkpoints.BEST, self._tensors(), {"step": state.step, "loss": loss})
+                checkpoints.write(self._best(state.step), self._tensors(), {"step": state.step, "loss": loss})
 
-    def _fail(self, what: str, batch: Sequence[Row]) -> None:
-        rows = f"rows {self.state.rows + 1} to {self.state.rows + len(batch)}"
+    def _best(self, step: int) -> Path:
+        return self.scratch / checkpoints.BEST.format(step)
+
+    def _fail(self, what: str, batch: Sequence[Row] = ()) -> None:
+        """`batch` is that of a step which has not ended."""
+        rows = f" (rows {self.state.rows + 1} to {self.state.rows + len(batch)})" if batch else ""
         raise RuntimeError(
-            f"the loss {what} at step {self.state.step + 1} ({rows}); last good checkpoint: "
+            f"the {what} at step {self.state.step + bool(batch)}{rows}; last good checkpoint: "
             f"{checkpoints.good(self.scratch)}. Lower recovery.learning_rate or the adapter's alpha"
         )
+
+    def _recompute(self, what: str) -> None:
+        """Turn gradient checkpointing on or off, by the name that this transformers has for it."""
+        named = getattr(self.model, f"activation_checkpointing_{what}", None)
+        turn = named or getattr(self.model, f"gradient_checkpointing_{what}")
+        turn(*([{"use_reentrant": False}] if what == "enable" else []))
 
     def _before(self) -> dict[str, Any] | None:
         """What the checkpoint of a stopped run says, if there is one."""
@@ -251,7 +260,7 @@ class _Run:
         tensors, state = checkpoints.read(path)
         for name in ("config", "adapter", "fitted"):
             state.pop(name, None)
-        checkpoints.restore(self.optimizer, self.parameters, tensors)
+        restore(self.optimizer, self.parameters, tensors)
         inject.load_tensors(self.model, tensors, str(path))
         self.state = State(**state)
 

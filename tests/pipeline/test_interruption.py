@@ -1,4 +1,4 @@
-"""A run that is killed in the middle of training goes on, and ends with the same adapter, bit for bit."""
+"""A run that is stopped in the middle of training goes on, and ends with the same adapter, bit for bit."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from pruning import checkpoint
-from recovery import checkpoints
+from recovery import checkpoints, history
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +41,10 @@ def config(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any) ->
     return tmp_path / "run.yaml"
 
 
-def start(config: Path, store: str) -> "subprocess.Popen[bytes]":
+def start(config: Path, store: str, *more: str) -> "subprocess.Popen[bytes]":
     folder = config.parent
     words = ["run", str(config), "--until", "recover", "--store", str(folder / store), "--runs", str(folder / "runs")]
+    words += more
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -57,6 +58,31 @@ def finish(process: "subprocess.Popen[bytes]") -> None:
 def adapter(config: Path, store: str) -> bytes:
     (folder,) = (config.parent / store / "recover").iterdir()
     return (folder / "adapter" / "adapter.safetensors").read_bytes()
+
+
+def test_ctrl_c_keeps_the_last_step(config: Path) -> None:
+    """Even of a build anew, and where no checkpoint is ever due."""
+    words = ("--set", "recovery.checkpoint_every=.inf", "--set", "recovery.tokens=6000", "--force", "recover")
+    stopped = start(config, "store", *words)
+    work = config.parent / "store" / ".work"
+    deadline = time.monotonic() + 200
+    while sum(file.read_bytes().count(b"\n") for file in work.glob(f"recover-*/scratch/{history.LOG}")) < 3:
+        assert time.monotonic() < deadline
+        assert stopped.poll() is None, stopped.communicate()[1].decode()
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate(timeout=60)[1].decode()
+    assert stopped.returncode == 130
+    assert "the same command goes on where it stopped" in said
+    assert "Traceback" not in said
+    (log,) = work.glob(f"recover-*/scratch/{history.LOG}")
+    steps = len(log.read_text().splitlines())
+    assert checkpoints.state_of(log.parent / checkpoints.LAST)["step"] == steps >= 3
+    finish(start(config, "store", *words))
+    results = json.loads((config.parent / "runs/small/results.json").read_text())
+    assert [entry["status"] for entry in results["stages"]] == ["resumed"]
+    (log,) = (config.parent / "store").glob(f"recover/*/{history.LOG}")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 48))
 
 
 def test_a_killed_run_ends_with_the_same_adapter(config: Path) -> None:

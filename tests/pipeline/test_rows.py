@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import rows
 from pipeline.errors import SourceError
-from pipeline.sections import RowsConfig
+from pipeline.sections import DataConfig, RowsConfig
 from pipeline.sources import Sources
 from pipeline.store import Store
 
@@ -77,9 +77,34 @@ def test_texts_are_distinct_and_in_order(tmp_path: Path, sources: Sources):
     assert rows.texts(sources, RowsConfig(source=source, field="text")) == ["b", "a"]
 
 
+def test_a_text_file_is_cut_between_lines(tmp_path: Path, sources: Sources):
+    lines = [f"line {n}\n" for n in range(30)] + ["x" * 500 + "\n", "end\n"]
+    (tmp_path / "t.txt").write_text("".join(lines))
+    config = DataConfig(source=f"path:{tmp_path}/t.txt", format="text")
+    found = [example.response for example in rows.examples(sources, config, 25)]
+    assert "".join(found) == "".join(lines)
+    assert max(map(len, found)) == 100  # four characters a token
+    assert len(found) == 9
+    assert all(block.endswith("\n") for block in found[:3])
+
+
+def test_a_passage_is_the_group_of_its_questions_and_of_itself(tmp_path: Path, sources: Sources):
+    asked = [{"passage": f"Passage {n // 2}.", "question": f"is {n}", "idx": n, "label": n % 2} for n in range(4)]
+    source = jsonl(tmp_path / "boolq.jsonl", *asked)
+    questions = rows.examples(sources, DataConfig(source=source, suite="boolq"), 64)
+    texts = rows.examples(sources, DataConfig(source=source, field="passage"), 64)
+    assert [example.group for example in questions] == ["passage 0", "passage 0", "passage 1", "passage 1"]
+    assert [(example.response, example.group) for example in texts] == [
+        ("Passage 0.", "passage 0"),
+        ("Passage 1.", "passage 1"),
+    ]
+    assert questions[1].response == " yes"
+
+
 def test_instruction_rows_become_the_alpaca_prompt(tmp_path: Path, sources: Sources):
     source = jsonl(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "1 2", "output": "3"})
-    ((prompt, response),) = rows.pairs(sources, RowsConfig(source=source, format="instruction"))
+    (example,) = rows.examples(sources, DataConfig(source=source, format="instruction"), 64)
+    prompt, response = example.prompt, example.response
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"

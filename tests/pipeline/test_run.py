@@ -226,10 +226,21 @@ def test_methods_are_listed_with_a_line_each():
         ("runtime.device=cuda", "sees no GPU here"),
         ("pruning.calibration.length=500", "holds 0 windows of 500 tokens, 4 are asked for"),
         ("recovery.adapter.targets=[qproj]", "no linear layer is called 'qproj'"),
+        ("recovery.adapter.rank_pattern={mlp: 3}", "no adapted layer's name ends in 'mlp'"),
+        (
+            "recovery.max_length=400 & recovery.batch_tokens=400",
+            "recovery.max_length: 400 is more than the 256 positions of path:",
+        ),
+        ("recovery.validation={fraction: 0, patience: 1}", "patience: with fraction 0 nothing is held out"),
+        (
+            "recovery.distillation={hidden: 1, cache: false} & pruning.structures=[hidden]",
+            "none of a model with hidden pruned",
+        ),
+        ("recovery.clip=.inf", "recovery.clip: Input should be a finite number (got inf)"),
     ],
 )
 def test_bad_input_is_told_before_any_work_and_leaves_nothing(world: Path, override: str, message: str):
-    result = regrow("run", "run.yaml", "--set", override)
+    result = regrow("run", "run.yaml", *(word for part in override.split(" & ") for word in ("--set", part)))
     assert message in result.stderr
     assert "Traceback" not in result.output
     late = "windows of" in message  # only the tokenizer can tell

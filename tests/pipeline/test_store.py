@@ -81,6 +81,25 @@ def test_force_replaces_the_result(tmp_path: Path):
     assert sorted(path.name for path in artifact.path.iterdir()) == ["manifest.json", "new"]
 
 
+def test_a_forced_build_begins_anew_once(tmp_path: Path):
+    """What an ordinary build left behind is dropped; what a forced one left is gone on from."""
+    store, found = Store(tmp_path), list[list[str]]()
+
+    def stop(workspace: Workspace) -> dict[str, Any]:
+        found.append(sorted(path.name for path in workspace.scratch.iterdir()))
+        (workspace.scratch / f"part {len(found)}").write_text("")
+        if len(found) < 4:
+            raise KeyboardInterrupt
+        return {}
+
+    for force in (False, True, True):
+        with pytest.raises(KeyboardInterrupt):
+            store.build("prune", MATERIAL, stop, force=force)
+    _, status = store.build("prune", MATERIAL, stop, force=True)
+    assert status == "resumed"
+    assert found == [[], [], ["part 2"], ["part 2", "part 3"]]
+
+
 def test_a_second_builder_waits_for_the_first(tmp_path: Path):
     store, started, waited = Store(tmp_path), threading.Event(), []
 

@@ -102,6 +102,21 @@ def test_hold_out_is_seeded_and_kept_out() -> None:
     assert hold_out([(1.0, sources[1][1][:9])], 0.05, 0)[1] == [[]]
 
 
+def test_what_shares_a_passage_is_held_out_with_it() -> None:
+    texts = [Example("", f"passage {n}", group=str(n)) for n in range(20)]
+    questions = [Example(f"passage {n}, question {m}?", " yes", group=str(n)) for n in range(20) for m in range(3)]
+    training, held = hold_out([(1.0, texts), (1.0, questions)], 0.1, seed=0)
+    assert [len(part) for part in held] == [2, 6]
+    aside = {example.group for part in held for example in part}
+    for (_, kept), before in zip(training, (texts, questions), strict=True):
+        assert kept == [example for example in before if example.group not in aside]
+
+
+def test_a_source_of_which_all_is_held_out_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"recovery\.data\.1: all of its 12 examples are held out"):
+        hold_out([(1.0, [Example("", "other")]), (1.0, [Example("", "same")] * 12)], 0.1, seed=0)
+
+
 def test_mix_keeps_the_weights_in_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     sources = [(3.0, [Example("", "a" * n) for n in (5, 17, 40)]), (1.0, [Example("", "b" * n) for n in (3, 9)])]
     fed: Counter[int] = Counter()
@@ -129,8 +144,8 @@ def test_mix_reshuffles_every_epoch_by_the_seed(tiny_tokenizer: PreTrainedTokeni
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([(1.0, [])], "recovery source 0: none of 0 examples"),
-        ([(1.0, [Example("", "a")]), (1.0, [Example("only a prompt", "")])], "recovery source 1: none of 1 examples"),
+        ([(1.0, [])], "recovery.data.0: none of 0 examples"),
+        ([(1.0, [Example("", "a")]), (1.0, [Example("only a prompt", "")])], "recovery.data.1: none of 1 examples"),
         ([(0.0, [Example("", "a")])], "weight 0.0 is not positive"),
     ],
 )

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import math
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,8 @@ from recovery.adapters import lora
 from recovery.base import Adapter, Layer, Tensors
 from recovery.config import RecoveryConfig
 from recovery.data import Example
-from recovery.train import schedule, train
+from recovery.optimizer import schedule
+from recovery.train import train
 
 SOURCES = [
     (2.0, [Example("", f"the number {n} follows {n - 1}") for n in range(60)]),
@@ -92,7 +95,11 @@ class Stop(KeyboardInterrupt):
 def test_a_stopped_run_goes_on_bit_for_bit(
     method: str, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = config_of(adapter={"method": method, "rank": 4, "dropout": 0.2})
+    if method == "rora":  # its adapter's dropout is not the only one
+        tiny_model.config.attention_dropout = 0.1
+        for layer in tiny_model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+    config = config_of(adapter={"method": method, "rank": 4, "dropout": 0.0 if method == "rora" else 0.2})
     straight, stopped = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -125,12 +132,16 @@ def test_the_best_adapter_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    losses = iter([3.0, 2.0, 2.5])
+    losses = iter([4.0, 3.0, 2.0, 2.5])
     monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(losses))
     report = train(tiny_model, tiny_tokenizer, SOURCES, config_of(), tmp_path)
+    assert report["validation_start"] == 4.0
     assert [check["loss"] for check in report["validation"]] == [3.0, 2.0, 2.5]
     assert report["best_step"] == report["validation"][1]["step"] < report["steps"]
-    kept, last = load_file(tmp_path / checkpoints.BEST), load_file(tmp_path / checkpoints.LAST)
+    kept, last = (
+        load_file(tmp_path / checkpoints.BEST.format(report["best_step"])),
+        load_file(tmp_path / checkpoints.LAST),
+    )
     parameters = inject.trainable(tiny_model)
     assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
     assert not all(torch.equal(parameters[name], last[name]) for name in parameters)
@@ -210,20 +221,95 @@ def test_a_loss_that_rises_far_stops_the_run(
     assert checkpoints.state_of(Path(named[1]))["step"] == int(named[2]) >= first - 5
 
 
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([2.0, 4.1], r"held-out loss is 4.1, before training it was 2, at step \d+; last good checkpoint"),
+        ([2.0, 3.9, math.nan], "held-out loss is nan"),
+    ],
+)
+def test_a_held_out_loss_far_above_the_start_stops(
+    losses: list[float],
+    message: str,
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However soon a run goes wrong: a rise within its first steps is no rise above their own mean."""
+    found = iter(losses)
+    monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(found))
+    with pytest.raises(RuntimeError, match=message):
+        train(tiny_model, tiny_tokenizer, SOURCES, config_of(), tmp_path)
+    assert next(found, None) is None
+
+
+def test_a_best_adapter_from_after_the_checkpoint_does_not_count(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped after a best adapter was written and before the checkpoint that knows of it, then repeated otherwise."""
+    found = iter([9.0, 3.0, 1.0])
+    monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(found))
+    steps: list[int] = []
+
+    def stop(done: int, total: int, note: str) -> None:
+        steps.append(len(list(tmp_path.glob("best-*"))))
+        if steps[-1] == 2:
+            raise Stop
+
+    before, config = copy_of(tiny_model), config_of(checkpoint_every=0)
+    with pytest.raises(Stop):
+        train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path, stop)
+    found = iter([3.5, 4.0])
+    report = train(before, tiny_tokenizer, SOURCES, config, tmp_path)
+    assert [check["loss"] for check in report["validation"]] == [3.0, 3.5, 4.0]
+    kept, parameters = load_file(tmp_path / checkpoints.BEST.format(report["best_step"])), inject.trainable(before)
+    assert report["best_step"] == report["validation"][0]["step"]
+    assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_puts_the_step_down(
+    again: bool, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The step is finished and kept; a second Ctrl-C does not wait for that."""
+
+    before, handler = copy_of(tiny_model), signal.getsignal(signal.SIGINT)
+
+    def press(done: int, total: int, note: str) -> None:
+        if done > 800 and (again or signal.getsignal(signal.SIGINT) != handler):
+            signal.raise_signal(signal.SIGINT)
+
+    config = config_of(checkpoint_every=math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path, press)
+    assert signal.getsignal(signal.SIGINT) == handler
+    if again:
+        assert not (tmp_path / checkpoints.LAST).exists()
+        return
+    assert checkpoints.state_of(tmp_path / checkpoints.LAST)["step"] == len(lines(tmp_path)) > 0
+    fed: list[int] = []
+    train(before, tiny_tokenizer, SOURCES, config, tmp_path, lambda done, *_: fed.append(done))
+    assert fed[0] > 800
+
+
 def test_patience_ends_a_run_and_the_best_adapter_is_kept(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    losses = iter([1.9, 3.0, 2.0, 2.5, 2.1, 1.0])
     monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(losses))
     config = config_of(tokens=3000, validation={"fraction": 0.1, "times": 10, "patience": 2})
     report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path)
     assert [check["loss"] for check in report["validation"]] == [3.0, 2.0, 2.5, 2.1]
     assert report["stopped_early"]
     assert report["tokens"] <= 3000 * 0.4 + 256
-    kept, parameters = load_file(tmp_path / checkpoints.BEST), inject.trainable(tiny_model)
+    kept, parameters = load_file(tmp_path / checkpoints.BEST.format(report["best_step"])), inject.trainable(tiny_model)
     assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
     # A run that was cut off after its last step does not go on either.
     again = train(copy_of(tiny_model), tiny_tokenizer, SOURCES, config, tmp_path)
