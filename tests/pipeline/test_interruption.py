@@ -82,7 +82,9 @@ def test_ctrl_c_keeps_the_last_step(config: Path) -> None:
     results = json.loads((config.parent / "runs/small/results.json").read_text())
     assert [entry["status"] for entry in results["stages"]] == ["resumed"]
     (log,) = (config.parent / "store").glob(f"recover/*/{history.LOG}")
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 48))
+    logged = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert logged == list(range(1, len(logged) + 1))
+    assert len(logged) > steps
 
 
 def test_a_killed_run_ends_with_the_same_adapter(config: Path) -> None:
