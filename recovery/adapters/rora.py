@@ -2,7 +2,7 @@
 
 Paper: arXiv 2501.04315; the formula is rsLoRA's (arXiv 2312.03732). dW = s B A with s = alpha / sqrt(rank); shapes,
 start, parameters and merge are LoRA's. RoRA(alpha, rank) equals LoRA(alpha sqrt(rank), rank): compare the two at equal
-scale. Ranks, alphas and learning rates of the paper's tables are not published in reach; the defaults are ours. With
+scale. Ranks, alphas and learning rates of the paper's tables are not published in reach; the defaults are what won in `docs/results.md`. With
 rank >= 64 and alpha = 2 rank the scale is 16 or more: lower alpha or the learning rate if the loss jumps.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from typing import Literal
+
+from pydantic import Field
 
 from recovery.adapters import lora
 
@@ -20,6 +22,8 @@ class Config(lora.LowRankConfig, frozen=True):
     """RoRA's options."""
 
     method: Literal["rora"] = "rora"
+    rank: int = Field(default=32, ge=1, description="inner size of B A")
+    alpha: float = Field(default=32.0, gt=0, description="numerator of the scale")
 
 
 class Method(lora.Method[Config]):
