@@ -50,7 +50,8 @@ def train(
     with loss, speed and time left. `teacher` says what the dense model would, where `config.distillation` asks for it.
     A base that is to be quantized goes to `device` in few bits, layer by layer. Returns a report (`history.report`).
     Raises ValueError for data without a token to learn, a checkpoint of another config or a base that cannot be
-    quantized here, and RuntimeError when the loss is not finite or has risen far above its lowest.
+    quantized here, and RuntimeError when a loss is not finite or has risen far above its lowest, or its start. Ctrl-C
+    is raised when the step under way is taken and kept.
     """
     rows, validation = feed(sources, tokenizer, config)
     run = _Run(model, config, scratch, within_budget(sources, tokenizer, config), validation, progress, teacher, device)
