@@ -11,12 +11,13 @@ from typing import Any
 def noticed() -> Generator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C was pressed inside; a second one interrupts at once.
 
-    Elsewhere than in the main thread, where signals cannot be taken, it is never told.
+    Elsewhere than in the main thread, where signals cannot be taken, and where it is ignored, as in the background of
+    a shell, it is never told.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
     before, pressed = signal.getsignal(signal.SIGINT), threading.Event()
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+        yield pressed.is_set
+        return
 
     def take(number: int, frame: Any) -> None:
         pressed.set()

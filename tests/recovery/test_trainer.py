@@ -277,7 +277,8 @@ def test_ctrl_c_puts_the_step_down(
 ) -> None:
     """The step is finished and kept; a second Ctrl-C does not wait for that."""
 
-    before, handler = copy_of(tiny_model), signal.getsignal(signal.SIGINT)
+    before, handler = copy_of(tiny_model), signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)  # which a shell may have it ignore
 
     def press(done: int, total: int, note: str) -> None:
         if done > 800 and (again or signal.getsignal(signal.SIGINT) != handler):
