@@ -75,8 +75,8 @@ class RunConfig(BaseModel):
             gone += ["layers"] if self.pruning.depth else []
             if gone:
                 raise ValueError(
-                    f"recovery.distillation.hidden: the teacher's hidden states match none of a model with {gone[0]} "
-                    "pruned; set it to 0"
+                    f"recovery.distillation.hidden: a model with {gone[0]} pruned has other hidden states than the "
+                    "teacher; set it to 0"
                 )
         if self.recovery and not self.data:
             raise ValueError("recovery.data: missing; give at least one source to train on")

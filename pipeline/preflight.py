@@ -5,6 +5,7 @@ A failure here costs seconds and leaves nothing behind; the same failure an hour
 
 import json
 from collections import defaultdict
+from typing import Any, cast
 
 from evaluation import suites
 from evaluation.suites import check_rows
@@ -56,7 +57,7 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
 def check_model(config: RunConfig, sources: Sources) -> None:
     """Refuse weights that are not safetensors, and to change a model that is not LLaMA-like by its config.json."""
     folder = sources.model_folder(config.model.source)
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = _described(config, sources)
     names: list[str] = said.get("architectures") or []
     if (config.pruning or config.recovery or config.adapter) and not set(names) & set(SERVED):
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
@@ -83,7 +84,7 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
     from pruning.prune import foresee  # torch comes in here, as something has to be built
 
     assert config.pruning is not None
-    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    said = _described(config, sources)
     shape_of(config, said)
     try:
         foresee(said, config.pruning)
@@ -114,7 +115,7 @@ def check_data(config: RunConfig, sources: Sources) -> None:
 def check_length(config: RunConfig, sources: Sources) -> None:
     """Refuse rows longer than the model has positions."""
     assert config.recovery is not None
-    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    said = _described(config, sources)
     longest, asked = said.get("max_position_embeddings"), config.recovery.max_length
     if longest and asked > longest:
         raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {config.model.source}")
@@ -123,7 +124,7 @@ def check_length(config: RunConfig, sources: Sources) -> None:
 def check_targets(config: RunConfig, sources: Sources) -> None:
     """Refuse an adapter's targets or patterns that fit no layer of the dense model."""
     assert config.recovery is not None
-    said = json.loads((sources.model_folder(config.model.source) / "config.json").read_text(encoding="utf-8"))
+    said = _described(config, sources)
     try:
         targets.chosen(targets.expected(said["num_hidden_layers"]), config.recovery.adapter)
     except ValueError as error:
@@ -154,6 +155,12 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
         if part.suite and (both := marks[part.suite] & _marks(sources, part)):
             remedy = "set `half` on both sides, or `exclude` the scored file"
             raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
+
+
+def _described(config: RunConfig, sources: Sources) -> dict[str, Any]:
+    """The dense model's config.json."""
+    file = sources.model_folder(config.model.source) / "config.json"
+    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
 
 
 def _marks(sources: Sources, part: RowsConfig) -> set[str]:

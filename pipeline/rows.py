@@ -81,9 +81,12 @@ def examples(sources: Sources, config: DataConfig, longest: int) -> list[Example
     if config.field:
         return [Example("", text, group=normalised(text)) for text in texts(sources, config)]
     rows = read_rows(sources, config)
-    groups = [identities(suites.load(config.suite), row)[0] if config.suite else "" for row in rows]
-    found = zip(_pairs(config, rows), groups, strict=True)
-    return [Example(*pair, end=config.format == "instruction", group=group) for pair, group in found]
+    pairs = _pairs(config, rows)
+    groups = [""] * len(pairs)
+    if config.suite and len(pairs) == len(rows):  # a task that leaves rows out does not say which
+        groups = [identities(suites.load(config.suite), row)[0] for row in rows]
+    end = config.format == "instruction"
+    return [Example(*pair, end=end, group=group) for pair, group in zip(pairs, groups, strict=True)]
 
 
 def _blocks(text: str, size: int) -> Iterator[str]:

@@ -210,10 +210,8 @@ class Method(Adapter[Config]):
         if not self.collects:
             return self._reduced(dy.T @ x)
         if self.collected is None:
-            self.collected, self.collected_in = (
-                (dy.T @ x).float(),
-                dy.dtype,
-            )  # 16 bits would lose what later micro-batches add
+            # In float32: 16 bits would lose what later micro-batches add.
+            self.collected, self.collected_in = (dy.T @ x).float(), dy.dtype
         elif dy.dtype == self.collected.dtype:
             self.collected.addmm_(dy.T, x)
         else:

@@ -231,10 +231,11 @@ def test_methods_are_listed_with_a_line_each():
             "recovery.max_length=400 & recovery.batch_tokens=400",
             "recovery.max_length: 400 is more than the 256 positions of path:",
         ),
+        ("recovery.validation={patience: 1} & recovery.data.0.limit=9", "patience: no source has the ten examples"),
         ("recovery.validation={fraction: 0, patience: 1}", "patience: with fraction 0 nothing is held out"),
         (
             "recovery.distillation={hidden: 1, cache: false} & pruning.structures=[hidden]",
-            "none of a model with hidden pruned",
+            "a model with hidden pruned has other hidden states",
         ),
         ("recovery.clip=.inf", "recovery.clip: Input should be a finite number (got inf)"),
     ],
