@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from recovery.data import Row
 
 
+PATTERNS = ("rank_pattern", "alpha_pattern")  # options that set single layers apart, where a method has them
+
+
 class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Base of every adapter's `Config`."""
 
@@ -48,14 +51,14 @@ class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
     @model_validator(mode="before")
     @classmethod
     def _patterned(cls, said: Any) -> Any:
-        for option in ("rank_pattern", "alpha_pattern"):
+        for option in PATTERNS:
             if isinstance(said, dict) and option in said and option not in cls.model_fields:
                 raise ValueError(f"{option}: {cls.without_patterns}; leave it out")
         return said
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """Options that speak of some layers only, and the patterns they give; each must fit an adapted layer."""
-        return {}
+        return {option: tuple(getattr(self, option)) for option in PATTERNS if option in type(self).model_fields}
 
     def few_bits_refusal(self) -> str | None:
         """Why a base of few bits (`recovery.quantized`) is of no use to this method, or None."""

@@ -56,15 +56,8 @@ KNOWN = [
     "sparse",
     "very_sparse",
 ]
-SAME_BASE = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "mica",
-    "orthogonal",
-)  # starts that leave the base's weights as they were
+# Starts that leave the base's weights as they were.
+SAME_BASE = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 
 
 def refusal(config: AdapterConfig) -> str | None:

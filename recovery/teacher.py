@@ -123,10 +123,11 @@ def keep(
             held.add(row, asked(row))
             done += len(row.ids)
             progress(done, tokens, "")
-            if pressed() or held.positions >= SHARD or time.monotonic() - saved >= SAVE_EVERY:
+            stopped = pressed()
+            if stopped or held.positions >= SHARD or time.monotonic() - saved >= SAVE_EVERY:
                 held.write(scratch)
                 held, saved = _Shard(), time.monotonic()
-            if pressed():
+            if stopped:
                 raise KeyboardInterrupt
     held.write(scratch)
     for path in _shards(scratch):

@@ -38,9 +38,6 @@ class LowRankConfig(AdapterConfig, frozen=True):
     rank_pattern: dict[str, PositiveInt] = Field(default={}, description="rank of the modules a pattern fits")
     alpha_pattern: dict[str, PositiveFloat] = Field(default={}, description="alpha of the modules a pattern fits")
 
-    def patterns(self) -> dict[str, tuple[str, ...]]:
-        return {"rank_pattern": tuple(self.rank_pattern), "alpha_pattern": tuple(self.alpha_pattern)}
-
     def rank_of(self, name: str) -> int:
         """The rank of the layer called `name`."""
         return of_pattern(name, self.rank_pattern, self.rank)

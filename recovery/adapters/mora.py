@@ -36,9 +36,6 @@ class Config(AdapterConfig, frozen=True):
     rank_pattern: dict[str, PositiveInt] = Field(default={}, description="rank of the modules a pattern fits")
     kind: Literal["share", "rope"] = Field(default="rope", description="how inputs and outputs are mapped to M")
 
-    def patterns(self) -> dict[str, tuple[str, ...]]:
-        return {"rank_pattern": tuple(self.rank_pattern)}
-
 
 class Method(Adapter[Config]):
     """One layer's square matrix."""

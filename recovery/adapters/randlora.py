@@ -73,9 +73,6 @@ class Config(AdapterConfig, frozen=True):
         default=True, description="multiply by merged weights (not if sharded or with dropout); false: less memory"
     )
 
-    def patterns(self) -> dict[str, tuple[str, ...]]:
-        return {"rank_pattern": tuple(self.rank_pattern), "alpha_pattern": tuple(self.alpha_pattern)}
-
     def few_bits_refusal(self) -> str | None:
         return "randlora keeps a full copy of merged weights; set its `fused` to false" if self.fused else None
 
