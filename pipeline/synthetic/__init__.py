@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 SUITES = ("synthetic_questions", "synthetic_sentences")
 MEMBERS = (
     "model",

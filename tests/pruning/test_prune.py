@@ -205,35 +205,32 @@ def loads_without_regrow(models: dict[Path, PreTrainedModel], remote: bool):
         assert json.loads(tokens) == written.generate(ids, max_new_tokens=6, do_sample=False).tolist()
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"structures": ("ffn",)}, "LlamaForCausalLM"),
-        ({}, "MistralForCausalLM"),  # 6 of 8 heads are left, which do not divide a hidden size of 32
-        ({"structures": ("hidden",), "round_to": 8}, "LlamaForCausalLM"),
-        ({"structures": ("layers",)}, "LlamaForCausalLM"),
-        ({"structures": ("ffn",), "compensation": "bias"}, "LlamaForCausalLM"),
-        ({"shape": "free", "protect": {"first": 1, "last": 0}}, "RegrowForCausalLM"),
-        ({"shape": "free", "allocation": "global", "compensation": "bias"}, "RegrowForCausalLM"),
-    ],
-)
-def test_a_saved_model_loads_without_regrow(
-    random_model: Any,
-    ids: torch.Tensor,
-    tmp_path: Path,
-    tiny_tokenizer: Any,
-    options: dict[str, Any],
-    expected: str,
+SAVED: list[tuple[dict[str, Any], str]] = [
+    ({"structures": ("ffn",)}, "LlamaForCausalLM"),
+    ({}, "MistralForCausalLM"),  # 6 of 8 heads are left, which do not divide a hidden size of 32
+    ({"structures": ("hidden",), "round_to": 8}, "LlamaForCausalLM"),
+    ({"structures": ("layers",)}, "LlamaForCausalLM"),
+    ({"structures": ("ffn",), "compensation": "bias"}, "LlamaForCausalLM"),
+    ({"shape": "free", "protect": {"first": 1, "last": 0}}, "RegrowForCausalLM"),
+    ({"shape": "free", "allocation": "global", "compensation": "bias"}, "RegrowForCausalLM"),
+]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_saved_models_load_without_regrow(
+    random_model: Any, ids: torch.Tensor, tmp_path: Path, tiny_tokenizer: Any, remote: bool
 ):
-    result = prune(random_model(), ids, config_of(**options))
-    assert type(result.model).__name__ == expected
-    checkpoint.save(result.model, tiny_tokenizer, tmp_path / "model")
-
-    again = checkpoint.load(tmp_path / "model")
-    assert torch.equal(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
-    assert checkpoint.load_tokenizer(tmp_path / "model")("a b")["input_ids"] == tiny_tokenizer("a b")["input_ids"]
-
-    loads_without_regrow({tmp_path / "model": result.model}, remote=expected == "RegrowForCausalLM")
+    models: dict[Path, PreTrainedModel] = {}
+    for number, (options, expected) in enumerate(SAVED):
+        if (expected == "RegrowForCausalLM") != remote:
+            continue
+        made, folder = prune(random_model(), ids, config_of(**options)).model, tmp_path / str(number)
+        assert type(made).__name__ == expected
+        checkpoint.save(made, tiny_tokenizer, folder)
+        assert torch.equal(checkpoint.load(folder)(input_ids=ids).logits, made(input_ids=ids).logits)
+        assert checkpoint.load_tokenizer(folder)("a b")["input_ids"] == tiny_tokenizer("a b")["input_ids"]
+        models[folder] = made
+    loads_without_regrow(models, remote)
 
 
 def test_free_shapes_of_every_other_family_load_without_regrow(random_model: Any, tiny_tokenizer: Any, tmp_path: Path):
