@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from evaluation import suites
 from evaluation.suites import check_rows
-from pipeline import rows
+from pipeline import processes, rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
 from pipeline.plan import shape_of
@@ -113,12 +113,18 @@ def check_data(config: RunConfig, sources: Sources) -> None:
 
 
 def check_length(config: RunConfig, sources: Sources) -> None:
-    """Refuse rows longer than the model has positions."""
+    """Refuse rows longer than the model has positions, and steps of fewer rows than there are processes."""
     assert config.recovery is not None
     said = _described(config, sources)
     longest, asked = said.get("max_position_embeddings"), config.recovery.max_length
     if longest and asked > longest:
         raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {config.model.source}")
+    step, helping = config.recovery.batch_tokens, processes.count()
+    if helping > step // asked:
+        raise ConfigError(
+            f"recovery.batch_tokens: a step of {step} tokens holds {step // asked} of the rows of max_length {asked}, "
+            f"too few for {helping} processes: set it to {helping * asked} or more"
+        )
 
 
 def check_targets(config: RunConfig, sources: Sources) -> None:

@@ -15,7 +15,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from pipeline import config_file, preflight, processes
 from pipeline.cli import main
+from pipeline.errors import ConfigError
+from pipeline.sources import Sources
+from pipeline.store import Store
 from pruning import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +99,12 @@ def test_two_processes_train_what_one_does(launcher: str, override: str, config:
     assert (report["processes"], report["sharded"]) == (2, launcher == "accelerate")
     for name, tensor in adapter.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_of_fewer_rows_than_processes_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, sources = config_file.load(config), Sources(Store(config.parent / "store"), {})
+    monkeypatch.setattr(processes, "count", lambda: 5)
+    preflight.check_length(said, sources)
+    monkeypatch.setattr(processes, "count", lambda: 6)
+    with pytest.raises(ConfigError, match=r"batch_tokens: .* 330 tokens holds 5 .* 6 processes: set it to 384 or more"):
+        preflight.check_length(said, sources)
