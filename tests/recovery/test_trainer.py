@@ -490,6 +490,13 @@ def test_bad_configs(options: dict[str, Any], place: tuple[str, ...], message: s
     assert caught.value.errors()[0]["loc"] == place
 
 
+@pytest.mark.parametrize(("longest", "step"), [({}, 512), ({"max_length": 1024}, 1024), ({"max_length": 64}, 512)])
+def test_a_step_holds_a_row_where_it_is_not_said(longest: dict[str, int], step: int) -> None:
+    config = RecoveryConfig.model_validate({"adapter": {"method": "lora"}, "tokens": 5000, **longest})
+    assert config.batch_tokens == step
+    assert RecoveryConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def test_configs_and_methods_need_no_torch() -> None:
     import subprocess
     import sys
