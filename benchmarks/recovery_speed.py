@@ -39,7 +39,7 @@ from recovery.loss import labelled, row_loss
 
 SUITES = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 LIMIT = 6000  # rows of a suite: BoolQ's passages are long and many
-LONGEST, BATCH, BATCH_TOKENS, RANK = 512, 8, 2048, 8
+LONGEST, BATCH, BATCH_TOKENS, RANK = 512, 8, 512, 8
 
 
 def main() -> None:
