@@ -4,9 +4,9 @@
 
 MODEL is a folder; DATA one with SUITE/train.jsonl for the suites below, in lm-eval's schemas. Both sides train LoRA
 (rank 8, all linear layers) on the answers of the same shuffled questions. PEFT's side is what one writes by hand:
-batches of 8, padded to their longest, loss -100 on prompts, AdamW. Ours are packed rows. A token is useful when it
-is no padding. Sides take turns, each with a part of the data that both see; both models live in this process. Counted
-is the time of training steps, first batch left out: no loading, no tokenizing.
+batches of 8, padded to their longest, loss -100 on prompts, AdamW. Ours are packed rows, one a step. A token is
+useful when it is no padding. Sides take turns, each with a part of the data that both see; both models live in this
+process. Counted is the time of training steps, first batch left out: no loading, no tokenizing.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from recovery.loss import labelled, row_loss
 
 SUITES = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 LIMIT = 6000  # rows of a suite: BoolQ's passages are long and many
-LONGEST, BATCH, BATCH_TOKENS, RANK = 512, 8, 512, 8
+LONGEST, BATCH, RANK = 512, 8, 8
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ class Ours:
         """Useful tokens per second."""
         self.model.train()
         fed, started = 0, 0.0
-        for number, batch in enumerate(batches(pack(part, LONGEST), 10**9, BATCH_TOKENS, LONGEST)):
+        for number, batch in enumerate(batches(pack(part, LONGEST), 10**9, LONGEST, LONGEST)):
             if number == 1:
                 fed, started = 0, clock()
             count, tokens = labelled(batch), sum(len(row.ids) for row in batch)

@@ -96,8 +96,9 @@ def test_padding_makes_a_stock_class_of_the_same_function(folder: Any, tmp_path:
     assert "trust_remote_code" not in card
 
 
-def test_a_model_whose_layers_differ_travels_with_its_class(folder: Any, tmp_path: Path):
-    model = folder(pruning=GROUPS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_whose_layers_differ_travels_with_its_class(folder: Any, tmp_path: Path, tied: bool):
+    model = folder(pruning=GROUPS, tie_word_embeddings=tied)
     assert model.name == "RegrowForCausalLM"
     own = exported(model, "hf", tmp_path / "own")
     assert own["written"] == {"class": "RegrowForCausalLM", "trust_remote_code": True}
