@@ -93,7 +93,8 @@ def check(data: dict[str, Any], place: str) -> RunConfig:
     except ValidationError as error:
         told = any(line.startswith("recovery.adapter.method:") for line in problems)
         found = [detail for detail in error.errors() if not (told and detail["loc"] == ("recovery", "adapter"))]
-        problems += [_problem(model, detail) for detail in found]
+        # A default that follows from a value which is wrong itself is no problem of its own.
+        problems += [_problem(model, detail) for detail in found if detail["type"] != "default_factory_not_called"]
         config = None
     if problems or config is None:
         raise ConfigError("\n".join(f"{place}: {line}" for line in problems))

@@ -66,15 +66,22 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     )
     tokens: int = Field(ge=1, description="training tokens, prompts included; never exceeded")
     loss: Literal["response", "full"] = Field(default="response", description="which tokens are learned")
-    learning_rate: float = Field(default=5e-4, gt=0, lt=1, description="the highest, reached after the warm-up")
+    learning_rate: float = Field(
+        default_factory=lambda said: said["adapter"].learning_rate,
+        gt=0,
+        lt=1,
+        description="the highest, reached after the warm-up; by default the method's",
+    )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the tokens over which the rate rises")
     final_rate: float = Field(default=0.1, ge=0, le=1, description="what the rate falls to, as a share of the highest")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
     clip: float = Field(default=1.0, gt=0, description="largest norm of a step's gradient")
-    batch_tokens: int = Field(
-        default=512, ge=1, description="tokens of one optimizer step, at most; as many as a row at least"
-    )
     max_length: int = Field(default=512, ge=8, description="tokens of one packed row, and of one example, at most")
+    batch_tokens: int = Field(
+        default_factory=lambda said: max(512, said["max_length"]),
+        ge=1,
+        description="tokens of one optimizer step, at most; by default 512, or one row where that is more",
+    )
     distillation: Distillation | None = None
     validation: Validation = Validation()
     seed: int = Field(default=0, description="of adapters, held-out part, order and dropout")
@@ -84,15 +91,6 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     checkpoint_every: float = Field(
         default=60.0, ge=0, exclude=True, allow_inf_nan=True, description="seconds between checkpoints; .inf: never"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_row_at_least(cls, data: Any) -> Any:
-        """Where only `max_length` is said and is more than the default step, a step is one row."""
-        longest = data.get("max_length") if isinstance(data, dict) else None
-        if isinstance(longest, int) and longest > cls.model_fields["batch_tokens"].default:
-            return {"batch_tokens": longest, **data}
-        return data
 
     @field_validator("adapter", mode="before")
     @classmethod

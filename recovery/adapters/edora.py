@@ -11,7 +11,7 @@ adapter, never computed again for a merge (their signs and accuracy would differ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from recovery.adapters import dora, lora
 from recovery.base import Layer, Tensors, generator_of, random_normal, zeros
@@ -26,6 +26,7 @@ ITERATIONS, SPARE = 10, 8  # power iterations, and vectors beyond the rank that 
 class Config(lora.LowRankConfig, frozen=True):
     """EDoRA's options."""
 
+    learning_rate: ClassVar[float] = 1e-2
     method: Literal["edora"] = "edora"
 
 

@@ -6,7 +6,7 @@ parameters, and AdamW's moments are twice as many. Merge: W + dW. Embeddings, no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from recovery.base import Adapter, AdapterConfig, Layer, Tensors, zeros
 
@@ -19,6 +19,7 @@ VERSION = 1
 class Config(AdapterConfig, frozen=True):
     """Full training has no options of its own."""
 
+    learning_rate: ClassVar[float] = 1e-4
     without_patterns = "full training has neither rank nor scale"
     method: Literal["full"] = "full"
 

@@ -17,7 +17,7 @@ model does not say which head it was. Only attention's projections are served; o
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -33,6 +33,7 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Config(AdapterConfig, frozen=True):
     """LoRTA's options."""
 
+    learning_rate: ClassVar[float] = 1e-2
     without_patterns = "LoRTA's tensor is the whole model's, of one rank and scale"
     method: Literal["lorta"] = "lorta"
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(

@@ -11,7 +11,7 @@ on the CPU, the same on every device. Time grows with k.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ VERSION = 1
 class Config(lora.LowRankConfig, frozen=True):
     """NoLA's options."""
 
+    learning_rate: ClassVar[float] = 1e-2
     method: Literal["nola"] = "nola"
     count: int = Field(default=128, ge=1, description="k, random bases of each factor")
 

@@ -8,7 +8,7 @@ Merge: W + dW. The paper trains with a learning rate of 1e-2 and high ranks; the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ VERSION = 1
 class Config(AdapterConfig, frozen=True):
     """VeRA's options."""
 
+    learning_rate: ClassVar[float] = 1e-2
     without_patterns = "VeRA's factors are the whole model's, of one rank, and its scale is 1"
     method: Literal["vera"] = "vera"
     rank: int = Field(default=256, ge=1, description="inner size of the shared factors")
