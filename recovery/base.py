@@ -34,7 +34,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")  # options that set single layers a
 class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Base of every adapter's `Config`."""
 
-    learning_rate: ClassVar[float] = 5e-4  # a recovery's, where it says none: what few trials favour (docs/results.md)
+    learning_rate: ClassVar[float] = 2e-3  # a recovery's, where it says none: what few trials favour (docs/results.md)
     without_patterns: ClassVar[str] = ""  # why the method has no rank or alpha of single layers, where it has none
     method: str
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(

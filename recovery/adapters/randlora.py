@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -60,7 +60,6 @@ VERSION, READS = 4, 1
 class Config(AdapterConfig, frozen=True):
     """RandLoRA's options."""
 
-    learning_rate: ClassVar[float] = 2e-3
     method: Literal["randlora"] = "randlora"
     rank: int = Field(default=32, ge=1, description="inner size of one basis pair; smaller means more parameters")
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; null is 2 rank, the paper's")

@@ -10,7 +10,7 @@ loss jumps.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ VERSION, READS = 2, 1
 class Config(lora.LowRankConfig, frozen=True):
     """RoRA's options."""
 
+    learning_rate: ClassVar[float] = 5e-4
     method: Literal["rora"] = "rora"
     rank: int = Field(default=32, ge=1, description="inner size of B A")
     alpha: float = Field(default=32.0, gt=0, description="numerator of the scale")

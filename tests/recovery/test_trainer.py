@@ -497,11 +497,11 @@ def test_a_step_holds_a_row_where_it_is_not_said(longest: dict[str, int], step: 
     assert RecoveryConfig.model_validate_json(config.model_dump_json()) == config
 
 
-@pytest.mark.parametrize("method", ["lora", "randlora"])
+@pytest.mark.parametrize("method", ["lora", "rora"])
 def test_the_learning_rate_is_the_methods_where_it_is_not_said(method: str) -> None:
     config = {"adapter": {"method": method}, "tokens": 5000}
     rates = [RecoveryConfig.model_validate(config | more).learning_rate for more in ({}, {"learning_rate": 1e-3})]
-    assert rates == [{"lora": 5e-4, "randlora": 2e-3}[method], 1e-3]
+    assert rates == [{"lora": 2e-3, "rora": 5e-4}[method], 1e-3]
 
 
 def test_configs_and_methods_need_no_torch() -> None:
