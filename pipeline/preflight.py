@@ -3,9 +3,8 @@
 A failure here costs seconds and leaves nothing behind; the same failure an hour into a run would cost the hour.
 """
 
-import json
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 from evaluation import suites
 from evaluation.suites import check_rows
@@ -165,8 +164,9 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
 
 def _described(config: RunConfig, sources: Sources) -> dict[str, Any]:
     """The dense model's config.json."""
-    file = sources.model_folder(config.model.source) / "config.json"
-    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
+    said = sources.model_config(config.model.source)
+    assert said is not None  # `check_model` has fetched the model
+    return said
 
 
 def _marks(sources: Sources, part: RowsConfig) -> set[str]:

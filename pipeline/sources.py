@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline import hub, wheels
 from pipeline.errors import SourceError, did_you_mean
@@ -133,7 +133,13 @@ class Sources:
             file = made / "config.json"
         if not file.is_file():
             raise SourceError(f"{spec}: {file.parent} is not a model folder (it has no config.json)")
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SourceError(f"{spec}: {file} is not JSON: {error}") from error
+        if not isinstance(said, dict):
+            raise SourceError(f"{spec}: {file} is not a mapping of settings to values")
+        return cast("dict[str, Any]", said)
 
     def _made(self, source: Source) -> Path | None:
         """The folder of a model that is made here, if it has been."""

@@ -66,6 +66,7 @@ def test_equal_models_rarely_differ():
 
 def test_items_are_paired_by_question(tmp_path: Any):
     few, many = scored([1, 0, 1]), scored([1, 1, 1, 0])
+    many[0]["text"] = "what was generated, \u2028 and \x85 in it"
     assert compare(few, many, "acc").n == 3
     with pytest.raises(ValueError, match="item 0 is not the same question"):
         compare(few, [{**many[0], "doc_hash": "other"}], "acc")

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,15 @@ def test_texts_are_distinct_and_in_order(tmp_path: Path, sources: Sources):
     assert rows.texts(sources, RowsConfig(source=source, field="text")) == ["b", "a"]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85"])
+def test_a_string_may_hold_what_others_take_for_a_line_end(tmp_path: Path, sources: Sources, odd: str):
+    """JSON allows these unescaped, and writers that keep text readable leave them so."""
+    lines = [f"one{odd}", f"two{odd}three"]
+    content = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\r\n" for line in lines)
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + content.encode())  # a byte order mark, as Windows tools write
+    assert rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.jsonl", field="text")) == lines
+
+
 def test_a_text_file_is_cut_between_lines(tmp_path: Path, sources: Sources):
     lines = [f"line {n}\n" for n in range(30)] + ["x" * 500 + "\n", "end\n"]
     (tmp_path / "t.txt").write_text("".join(lines))
@@ -116,15 +126,20 @@ def test_instruction_rows_become_the_alpaca_prompt(tmp_path: Path, sources: Sour
 @pytest.mark.parametrize(
     ("content", "config", "message"),
     [
-        ("not json\n", {"field": "text"}, "not JSON or JSON lines"),
+        ("not json\n", {"field": "text"}, "line 1: neither JSON lines nor a JSON list"),
+        ('{"text": "a"}\n\n{"text": "b\n', {"field": "text"}, "line 3: .*Unterminated string"),
+        ('[{"text": "a"}, ', {"field": "text"}, "not JSON: Expecting value"),
+        (b'{"text": "caf\xe9"}\n', {"field": "text"}, "not UTF-8 text .*byte 0xe9 at 13"),
+        (b"caf\xe9", {"format": "text"}, "not UTF-8 text .*byte 0xe9 at 3"),
+        (b"PAR1 and no more", {"field": "text"}, "begins like Parquet"),
         ("[1]\n", {"field": "text"}, "row 1 is not a mapping"),
         ('{"other": 1}\n', {"field": "text"}, "row 1 has no text field 'text'"),
         ("", {"field": "text"}, "no rows"),
     ],
 )
 def test_unreadable_rows_name_the_place(
-    tmp_path: Path, sources: Sources, content: str, config: dict[str, str], message: str
+    tmp_path: Path, sources: Sources, content: str | bytes, config: dict[str, Any], message: str
 ):
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SourceError, match=message):
         rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.jsonl", **config))

@@ -104,6 +104,10 @@ def test_a_missing_path_and_a_folder_without_a_model(tmp_path: Path):
         found.key(f"path:{tmp_path}/nowhere")
     with pytest.raises(SourceError, match=r"has no config\.json"):
         found.model_folder(f"path:{tmp_path}")
+    for content, message in (("{", "is not JSON: Expecting"), ("[]", "is not a mapping")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(SourceError, match=rf"config\.json {message}"):
+            found.model_config(f"path:{tmp_path}")
 
 
 def test_a_pinned_hub_commit_needs_no_network_and_a_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
