@@ -13,9 +13,15 @@ Row = dict[str, Any]
 def rows_of(content: bytes, place: str) -> list[Row]:
     """The rows of a file, whichever of the three it is. Raises SourceError naming `place` and the row or line."""
     found = _parquet(content, place) if content.startswith(PARQUET) else _json(text_of(content, place), place)
+    escaped = b"\\ud" in content.lower()
     for index, row in enumerate(found):
         if not isinstance(row, dict):
             raise SourceError(f"{place}: row {index + 1} is not a mapping of fields to values")
+        if escaped and not _is_unicode(row):
+            raise SourceError(
+                f"{place}: row {index + 1} holds half of a surrogate pair (\\ud800 to \\udfff alone), which no "
+                "tokenizer reads: take it out"
+            )
     return cast("list[Row]", found)
 
 
@@ -45,6 +51,14 @@ def _json(text: str, place: str) -> list[Any]:
                 f"{place}: line {number}: neither JSON lines nor a JSON list: {error.msg}, column {error.colno}"
             ) from error
     return found
+
+
+def _is_unicode(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(content: bytes, place: str) -> list[Any]:

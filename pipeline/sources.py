@@ -85,7 +85,10 @@ class Sources:
     def key(self, spec: str) -> dict[str, Any]:
         """What identifies the content, from the source's text, the checksums, local files or the hub's commit."""
         if spec not in self._keys:
-            self._keys[spec] = self._identify(parse(spec))
+            try:
+                self._keys[spec] = self._identify(parse(spec))
+            except PermissionError as error:
+                raise SourceError(f"{spec}: {error.filename} cannot be read ({error.strerror})") from error
         return self._keys[spec]
 
     def read(self, spec: str) -> bytes:
@@ -93,7 +96,10 @@ class Sources:
         source = parse(spec)
         if source.kind == "pypi":
             return self._member(source)
-        return self._file(source).read_bytes()
+        path = self._file(source)
+        if path.is_dir():
+            raise SourceError(f"{spec}: {path} is a folder: name the file in it that is to be read")
+        return path.read_bytes()
 
     def model_folder(self, spec: str) -> Path:
         """A Hugging Face folder with weights, config and tokenizer."""

@@ -131,6 +131,7 @@ def test_instruction_rows_become_the_alpaca_prompt(tmp_path: Path, sources: Sour
         ('[{"text": "a"}, ', {"field": "text"}, "not JSON: Expecting value"),
         (b'{"text": "caf\xe9"}\n', {"field": "text"}, "not UTF-8 text .*byte 0xe9 at 13"),
         (b"caf\xe9", {"format": "text"}, "not UTF-8 text .*byte 0xe9 at 3"),
+        ('{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n', {"field": "text"}, "row 2 holds half of a surrogate"),
         (b"PAR1 and no more", {"field": "text"}, "begins like Parquet"),
         ("[1]\n", {"field": "text"}, "row 1 is not a mapping"),
         ('{"other": 1}\n', {"field": "text"}, "row 1 has no text field 'text'"),

@@ -110,6 +110,16 @@ def test_a_missing_path_and_a_folder_without_a_model(tmp_path: Path):
             found.model_config(f"path:{tmp_path}")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = Sources(Store(tmp_path / "store"), {})
+    with pytest.raises(SourceError, match="is a folder: name the file"):
+        found.read(f"path:{tmp_path}")
+    (tmp_path / "x.jsonl").touch()
+    monkeypatch.setattr("pipeline.sources.file_digest", _forbidden)  # root, who may run this, reads everything
+    with pytest.raises(SourceError, match=r"x\.jsonl cannot be read \(Permission denied\)"):
+        found.key(f"path:{tmp_path}/x.jsonl")
+
+
 def test_a_pinned_hub_commit_needs_no_network_and_a_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = Sources(Store(tmp_path / "store"), {})
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -117,6 +127,10 @@ def test_a_pinned_hub_commit_needs_no_network_and_a_name_does(tmp_path: Path, mo
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _unreachable)
     with pytest.raises(SourceError, match=r"the hub is not in reach.*pin a commit"):
         found.key("hub:owner/name@main")
+
+
+def _forbidden(path: Path) -> str:
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 def _unreachable(*arguments: object, **options: object) -> None:
