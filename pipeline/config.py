@@ -37,7 +37,8 @@ AdapterFolder = Annotated[SourceText, AfterValidator(_adapter_folder)]
 
 
 class RunConfig(BaseModel):
-    """One run. `calibration` and `data` stand inside `pruning` and `recovery` in the file.
+    """One run. `calibration`, `data` and `teacher` stand inside `pruning`, `recovery` and `recovery.distillation` in
+    the file. `teacher` is another model than the dense one that teaches.
 
     `recovery` trains an adapter, or `adapter` names one that was trained before (in the file
     `recovery: {adapter: {from: "path:FOLDER"}}`); never both.
@@ -53,6 +54,7 @@ class RunConfig(BaseModel):
     calibration: CalibrationConfig | None = Field(default=None, alias="pruning.calibration")
     recovery: RecoveryConfig | None = None
     data: tuple[DataConfig, ...] = Field(default=(), alias="recovery.data")
+    teacher: SourceText | None = Field(default=None, alias="recovery.distillation.teacher")
     adapter: AdapterFolder | None = Field(default=None, alias="recovery.adapter.from")
     evaluation: EvaluationConfig
     export: tuple[ExportOrName, ...] = ()
@@ -94,6 +96,7 @@ class RunConfig(BaseModel):
 
     def _wheels(self) -> list[tuple[str, str]]:
         used = [("model.source", self.model.source)]
+        used += [("recovery.distillation.teacher", self.teacher)] if self.teacher else []
         rows: list[tuple[str, RowsConfig | SuiteConfig]] = [
             (f"recovery.data.{n}", part) for n, part in enumerate(self.data)
         ]
@@ -126,7 +129,8 @@ def reads_adapter(data: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def shape_of(data: dict[str, Any]) -> dict[str, Any]:
-    """The file's layout as RunConfig's: calibration, data and `adapter.from` lifted out, the run's seed handed down."""
+    """The file's layout as RunConfig's: calibration, data, teacher and `adapter.from` lifted out, the run's seed handed
+    down."""
     flat = dict(data)
     seed = data.get("seed", 0)
     if (adapter := reads_adapter(data)) is not None:
@@ -141,4 +145,10 @@ def shape_of(data: dict[str, Any]) -> dict[str, Any]:
             lifted = part.pop(inner)
             flat[f"{section}.{inner}"] = {"seed": seed, **lifted} if isinstance(lifted, dict) else lifted
         flat[section] = part
+    recovery: Any = flat.get("recovery")
+    distillation: Any = recovery.get("distillation") if isinstance(recovery, dict) else None
+    if isinstance(distillation, dict) and "teacher" in distillation:
+        flat["recovery.distillation.teacher"] = distillation["teacher"]
+        rest = {name: value for name, value in distillation.items() if name != "teacher"}
+        flat["recovery"] = {**recovery, "distillation": rest}
     return flat

@@ -152,7 +152,7 @@ def _known_keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list
         if current is None:
             return []
     keys = [field.alias or name for name, field in current.model_fields.items()]
-    inner = {"pruning": "calibration", "recovery": "data"}
+    inner = {"pruning": "calibration", "recovery": "data", "distillation": "teacher"}
     return [key for key in keys if "." not in key] + [inner[part] for part in location[-1:] if part in inner]  # type: ignore
 
 

@@ -34,6 +34,7 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_length(config, sources)
         check_targets(config, sources)
     if config.recovery and stages & {"teacher", "recover", "merge"}:
+        check_teacher(config, sources)
         check_data(config, sources)
     if stages & {"merge", "export"} and config.adapter:
         check_adapter(config, config.adapter, sources)
@@ -55,15 +56,28 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
 
 def check_model(config: RunConfig, sources: Sources) -> None:
     """Refuse weights that are not safetensors, and to change a model that is not LLaMA-like by its config.json."""
-    folder = sources.model_folder(config.model.source)
-    said = _described(config, sources)
-    names: list[str] = said.get("architectures") or []
-    if (config.pruning or config.recovery or config.adapter) and not set(names) & set(SERVED):
-        found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
-        raise ConfigError(f"model.source: {config.model.source} is {found}; regrow serves {', '.join(SERVED)}")
-    if not any(folder.glob("*.safetensors")):
-        remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
-        raise ConfigError(f"model.source: {config.model.source} has no .safetensors weights; {remedy}")
+    changed = bool(config.pruning or config.recovery or config.adapter)
+    _check_kind("model.source", config.model.source, sources, changed)
+
+
+def check_teacher(config: RunConfig, sources: Sources) -> None:
+    """Refuse a teacher of its own that cannot be read as the model can, or that splits text into other tokens."""
+    assert config.recovery is not None
+    ours, theirs, settings = config.model.source, config.teacher, config.recovery.distillation
+    if theirs is None or settings is None:
+        return
+    place = "recovery.distillation.teacher"
+    said = _check_kind(place, theirs, sources, served=True)
+    from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
+    from recovery import distill
+
+    try:
+        distill.check(_described(ours, sources), said, settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    words = [load_tokenizer(sources.model_folder(spec)).get_vocab() for spec in (ours, theirs)]
+    if words[0] != words[1]:
+        raise ConfigError(f"{place}: {theirs} has another tokenizer than {ours}; name a model that has the same")
 
 
 def check_adapter(config: RunConfig, spec: str, sources: Sources) -> None:
@@ -83,7 +97,7 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
     from pruning.prune import foresee  # torch comes in here, as something has to be built
 
     assert config.pruning is not None
-    said = _described(config, sources)
+    said = _described(config.model.source, sources)
     shape_of(config, said)
     try:
         foresee(said, config.pruning)
@@ -114,7 +128,7 @@ def check_data(config: RunConfig, sources: Sources) -> None:
 def check_length(config: RunConfig, sources: Sources) -> None:
     """Refuse rows longer than the model has positions, and steps of fewer rows than there are processes."""
     assert config.recovery is not None
-    said = _described(config, sources)
+    said = _described(config.model.source, sources)
     longest, asked = said.get("max_position_embeddings"), config.recovery.max_length
     if longest and asked > longest:
         raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {config.model.source}")
@@ -129,7 +143,7 @@ def check_length(config: RunConfig, sources: Sources) -> None:
 def check_targets(config: RunConfig, sources: Sources) -> None:
     """Refuse an adapter's targets or patterns that fit no layer of the dense model."""
     assert config.recovery is not None
-    said = _described(config, sources)
+    said = _described(config.model.source, sources)
     try:
         targets.chosen(targets.expected(said["num_hidden_layers"]), config.recovery.adapter)
     except ValueError as error:
@@ -162,10 +176,24 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
             raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
 
 
-def _described(config: RunConfig, sources: Sources) -> dict[str, Any]:
-    """The dense model's config.json."""
-    said = sources.model_config(config.model.source)
-    assert said is not None  # `check_model` has fetched the model
+def _described(spec: str, sources: Sources) -> dict[str, Any]:
+    """A model's config.json."""
+    sources.model_folder(spec)  # fetches it
+    said = sources.model_config(spec)
+    assert said is not None
+    return said
+
+
+def _check_kind(place: str, spec: str, sources: Sources, served: bool) -> dict[str, Any]:
+    """The config.json of a model of safetensors, and where `served` is asked, of a kind that is trained or taught."""
+    said = _described(spec, sources)
+    names: list[str] = said.get("architectures") or []
+    if served and not set(names) & set(SERVED):
+        found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
+        raise ConfigError(f"{place}: {spec} is {found}; regrow serves {', '.join(SERVED)}")
+    if not any(sources.model_folder(spec).glob("*.safetensors")):
+        remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
+        raise ConfigError(f"{place}: {spec} has no .safetensors weights; {remedy}")
     return said
 
 

@@ -1,4 +1,4 @@
-"""The stages that train: `teacher` asks the dense model about the training rows once, `recover` trains on them."""
+"""The stages that train: `teacher` asks its model about the training rows once, `recover` trains on them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def teach(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]:
-    """Keep what the dense model says of every row that the run feeds."""
+    """Keep what the teacher says of every row that the run feeds."""
     settings = runner.config.recovery
     assert settings is not None
     assert settings.distillation is not None
-    model, tokenizer = runner.load(runner.dense_folder())
+    model, tokenizer = runner.load(runner.teacher_folder())
     feed = within_budget(_examples(runner), tokenizer, settings)
     return {
         "report": keep(
@@ -62,9 +62,9 @@ def adapter_of(runner: "Runner", step: Step, scratch: Path) -> tuple[PreTrainedM
         if settings.distillation.cache:
             teacher = Kept(runner.store.folder("teacher", step.material["teacher"]))
         else:
-            dense, _ = runner.load(runner.dense_folder())
-            distill.check(model, dense, settings.distillation)
-            teacher = Live(dense, settings.distillation)
+            teaching, _ = runner.load(runner.teacher_folder())
+            distill.check(model.config.to_dict(), teaching.config.to_dict(), settings.distillation)
+            teacher = Live(teaching, settings.distillation)
     examples, device = _examples(runner), runner.device()
     return model, train(model, tokenizer, examples, settings, scratch, runner.progress, teacher, device)
 

@@ -75,6 +75,10 @@ class Runner:
         """The folder of the dense model."""
         return self.sources.model_folder(self.config.model.source)
 
+    def teacher_folder(self) -> Path:
+        """The folder of the model that teaches."""
+        return self.sources.model_folder(self.config.teacher or self.config.model.source)
+
     def adapter(self, step: Step) -> Saved:
         """The adapter that a step puts on its model: trained by this run, or read."""
         recover = next((inner for inner in step.inputs if inner.stage == "recover"), None)

@@ -78,7 +78,7 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
     inputs: tuple[Step, ...] = (base,) if base else ()
     model, adapter = "pruned" if base else "dense", None
     if config.recovery:
-        taught = _teacher(config, sources, dense)
+        taught = _teacher(config, sources)
         kept = config.recovery.distillation and config.recovery.distillation.cache
         teacher = (Step("teacher", taught),) if taught and kept else ()
         # Asked on the fly or kept, the teacher says the same: it has the same key in the adapter's.
@@ -174,8 +174,8 @@ def _recover(config: RunConfig, sources: Sources, base: Any) -> dict[str, Any]:
     }
 
 
-def _teacher(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict[str, Any] | None:
-    """What the teacher says depends on: the dense model, which rows are fed, and what is kept of them."""
+def _teacher(config: RunConfig, sources: Sources) -> dict[str, Any] | None:
+    """What the teacher says depends on: its model, which rows are fed, and what is kept of them."""
     assert config.recovery is not None
     if config.recovery.distillation is None:
         return None
@@ -184,7 +184,7 @@ def _teacher(config: RunConfig, sources: Sources, dense: dict[str, Any]) -> dict
         "data": [rows.material(sources, data) for data in config.data],
         "rows": config.recovery.model_dump(mode="json", include=ROWS),
         "kept": config.recovery.distillation.model_dump(mode="json", include={"positions", "top_k"}),
-        "model": dense,
+        "model": {"source": sources.key(config.teacher or config.model.source), "dtype": config.model.dtype},
     }
 
 

@@ -1,4 +1,4 @@
-"""What the trainer is told. Data sources are the caller's.
+"""What the trainer is told. Data sources, and who teaches, are the caller's.
 
 All but `checkpoint_every`, `gradient_checkpointing` and `distillation.cache` is part of a result's key;
 `quantized_base` where it is set.
@@ -32,7 +32,7 @@ class Validation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class Distillation(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """The dense model as a teacher (`recovery.distill` has the formula)."""
+    """What is learned from a teacher, and how (`recovery.distill` has the formula)."""
 
     weight: float = Field(default=0.5, ge=0, le=1, description="the teacher's share; the rest is the data's own tokens")
     temperature: float = Field(default=1.0, gt=0, description="flattens teacher and student alike")

@@ -1,4 +1,4 @@
-"""Distillation: the pruned model learns the dense model's next-token distributions beside the data's own tokens.
+"""Distillation: the pruned model learns a teacher's next-token distributions beside the data's own tokens.
 
     loss = (1 - weight) CE + weight T² KL(p || q) + hidden H
 
@@ -11,6 +11,7 @@ position the squared difference of the hidden states over the teacher's squared 
 The rest class and H's scale are ours.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from recovery.loss import decoded
 from recovery.teacher import CHUNK, Targets, Teacher, distilled
 
 
-def check(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation) -> None:
-    """Raise ValueError where the models cannot be compared: vocabularies, or depth and width for hidden states."""
+def check(student: Mapping[str, Any], teacher: Mapping[str, Any], settings: Distillation) -> None:
+    """Raise ValueError where models whose config.json says this cannot be compared: vocabularies, or depth and width
+    for hidden states."""
     names = ("vocab_size", *(("num_hidden_layers", "hidden_size") if settings.hidden else ()))
     for name in names:
-        ours, theirs = (getattr(model.config, name) for model in (student, teacher))
+        ours, theirs = (said[name] for said in (student, teacher))
         if ours != theirs:
             remedy = "" if name == "vocab_size" else "; set recovery.distillation.hidden to 0"
             raise ValueError(f"recovery.distillation: {name} is {ours}, the teacher's is {theirs}{remedy}")

@@ -1,4 +1,4 @@
-"""What the dense model says of training rows: its likeliest next tokens, computed on the fly or kept on disk.
+"""What a teacher, most often the dense model, says of training rows, computed on the fly or kept on disk.
 
 At every distilled position the teacher's distribution p over the vocabulary is cut to its `top_k` likeliest tokens and
 one more class, `rest`, which holds the probability of all others together: nothing is lost but how the rest is spread.
@@ -66,7 +66,7 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Live:
-    """The dense model, asked row by row."""
+    """A model, asked row by row."""
 
     def __init__(self, model: PreTrainedModel, settings: Distillation) -> None:
         self.model, self.settings = model.eval().requires_grad_(False), settings

@@ -47,7 +47,7 @@ def train(
 
     Best means the lowest held-out loss, or the last step where nothing is held out. Resumes from a checkpoint in
     `scratch`, and writes `log.jsonl` (one line a step) there. `progress` gets tokens fed, tokens in all, and a note
-    with loss, speed and time left. `teacher` says what the dense model would, where `config.distillation` asks for it.
+    with loss, speed and time left. `teacher` says what its model would, where `config.distillation` asks for it.
     A base that is to be quantized goes to `device` in few bits, layer by layer. Returns a report (`history.report`).
     Raises ValueError for data without a token to learn, a checkpoint of another config or a base that cannot be
     quantized here, and RuntimeError when a loss is not finite or has risen far above its lowest, or its start. Ctrl-C

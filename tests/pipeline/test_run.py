@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline.cli import main
 from pipeline.plan import label_of
@@ -63,6 +64,12 @@ def run(*words: str) -> dict[str, Any]:
     result = regrow("run", "run.yaml", "--json", *words)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def losses(recover: dict[str, Any]) -> list[float]:
+    """The training loss of every step."""
+    log = (Path(recover["path"]) / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["loss"] for line in log.splitlines()]
 
 
 def statuses(results: dict[str, Any]) -> dict[str, str]:
@@ -155,6 +162,51 @@ def test_recoveries_share_one_teacher(world: Path):
     assert on_the_fly["recover"] == "cached"
     matched = [*taught, "--set", "recovery.distillation={cache: false, hidden: 0.5, positions: all}"]
     assert statuses(run(*matched))["recover"] == "built"
+
+
+def test_another_model_teaches_and_is_known_by_its_content(world: Path, tiny_model: Any, tiny_tokenizer: Any):
+    tiny_model.lm_head.weight.data.mul_(2)
+    checkpoint.save(tiny_model, tiny_tokenizer, world / "other")
+    taught = ["--until", "recover", "--set", "recovery.distillation={top_k: 8, positions: all}"]
+    built = {stage["stage"]: stage for stage in run(*taught)["stages"]}
+
+    def under(folder: str) -> list[str]:
+        return [*taught, "--set", f"recovery.distillation.teacher=path:{world / folder}"]
+
+    other = {stage["stage"]: stage for stage in run(*under("other"))["stages"]}
+    assert [other[stage]["status"] for stage in ("prune", "teacher", "recover")] == ["cached", "built", "built"]
+    first, second = (Path(found["teacher"]["path"]) / "00000.safetensors" for found in (built, other))
+    assert not load_file(first)["logprobs"].equal(load_file(second)["logprobs"])
+    (world / "other").rename(world / "moved")
+    assert statuses(run(*under("moved")))["recover"] == "cached"
+    assert statuses(run(*under("dense")))["teacher"] == "cached"  # as when none is named
+    on_the_fly = [*under("moved"), "--set", "recovery.distillation.cache=false"]
+    assert statuses(run(*on_the_fly))["recover"] == "cached"
+    kept = losses(other["recover"])
+    assert kept != losses(built["recover"])
+    (live,) = (stage for stage in run(*on_the_fly, "--force", "recover")["stages"] if stage["stage"] == "recover")
+    assert (live["status"], losses(live)) == ("built", kept)
+
+
+def test_a_teacher_of_other_words_or_kind_is_refused_before_any_work(world: Path, tiny_model: Any, tiny_tokenizer: Any):
+    def refused(folder: str) -> str:
+        taught = f"recovery.distillation.teacher=path:{world / folder}"
+        result = regrow("run", "run.yaml", "--set", taught)
+        assert (result.exit_code, list((world / "store").glob("[!.]*"))) == (2, [])
+        return result.stderr
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=260)).save_pretrained(world / "gpt2")
+    assert "recovery.distillation.teacher: path:" in (said := refused("gpt2"))
+    assert "is GPT2LMHeadModel; regrow serves LlamaForCausalLM" in said
+    wider = LlamaForCausalLM(LlamaConfig.from_dict({**tiny_model.config.to_dict(), "vocab_size": 999}))
+    checkpoint.save(wider, tiny_tokenizer, world / "wider")
+    assert f"vocab_size is {tiny_model.config.vocab_size}, the teacher's is 999" in refused("wider")
+    checkpoint.save(tiny_model, tiny_tokenizer, world / "renamed")
+    tokenizer = world / "renamed" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace('"a":', '"the a":'), encoding="utf-8")
+    assert "has another tokenizer than path:" in refused("renamed")
+    assert "no such file or folder" in refused("nowhere")
+    assert "did you mean 'teacher'?" in regrow("plan", "run.yaml", "--set", "recovery.distillation.techer=x").stderr
 
 
 def test_other_ratios_and_criteria_share_their_statistics(world: Path):

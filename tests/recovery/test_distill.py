@@ -242,6 +242,6 @@ def test_what_is_refused(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTraine
         train(tiny_model, tiny_tokenizer, SOURCES, config_of(), tmp_path)
     shallow = copy.deepcopy(tiny_model)
     shallow.config.num_hidden_layers = 1
-    distill.check(shallow, tiny_model, Distillation())
+    distill.check(shallow.config.to_dict(), tiny_model.config.to_dict(), Distillation())
     with pytest.raises(ValueError, match=r"num_hidden_layers is 1, the teacher's is 2; set .*hidden to 0"):
-        distill.check(shallow, tiny_model, Distillation(hidden=1.0, cache=False))
+        distill.check(shallow.config.to_dict(), tiny_model.config.to_dict(), Distillation(hidden=1.0, cache=False))
