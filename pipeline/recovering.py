@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from pipeline import events, processes, rows
 from pipeline.steps import Step
 from pipeline.store import Workspace
-from recovery import distill, history, inject, parallel, peft_format, peft_write
+from recovery import checkpoints, distill, history, inject, parallel, peft_format, peft_write
 from recovery.data import Example
 from recovery.feed import within_budget
 from recovery.teacher import Kept, Live, Teacher, keep
@@ -24,6 +24,7 @@ def teach(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]:
     settings = runner.config.recovery
     assert settings is not None
     assert settings.distillation is not None
+    workspace.resumed = any(workspace.scratch.glob("*.safetensors"))
     model, tokenizer = runner.load(runner.teacher_folder())
     feed = within_budget(_examples(runner), tokenizer, settings)
     return {
@@ -37,6 +38,7 @@ def recover(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any
     """Train the adapter, with all processes, and save it with the log of its steps."""
     settings = runner.config.recovery
     assert settings is not None
+    workspace.resumed = (workspace.scratch / checkpoints.LAST).is_file()
     processes.call({"key": step.key, "scratch": str(workspace.scratch)})
     log = workspace.scratch / history.LOG
     told: AbstractContextManager[Any] = nullcontext(runner.progress)

@@ -35,12 +35,14 @@ class Artifact:
     manifest: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workspace:
-    """What a builder is given: `out` becomes the artifact, `scratch` survives a failure."""
+    """What a builder is given: `out` becomes the artifact, `scratch` survives a failure. A builder that goes on from
+    what it finds in `scratch` sets `resumed`."""
 
     out: Path
     scratch: Path
+    resumed: bool = False
 
 
 class Store:
@@ -89,7 +91,6 @@ class Store:
                 shutil.rmtree(workspace.scratch, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
                 forced.touch()
-            status = "resumed" if workspace.scratch.is_dir() and any(workspace.scratch.iterdir()) else "built"
             shutil.rmtree(workspace.out, ignore_errors=True)
             workspace.out.mkdir(parents=True)
             workspace.scratch.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ class Store:
             }
             self._publish(workspace.out, self.folder(stage, key), manifest)
             shutil.rmtree(work, ignore_errors=True)
+        status = "resumed" if workspace.resumed else "built"
         return Artifact(stage, key[:KEY_LENGTH], self.folder(stage, key), manifest), status
 
     def artifacts(self, stage: str = "[!.]*") -> Iterator[Artifact]:
