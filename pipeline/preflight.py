@@ -62,17 +62,18 @@ def check_model(config: RunConfig, sources: Sources) -> None:
 
 def check_teacher(config: RunConfig, sources: Sources) -> None:
     """Refuse a teacher of its own that cannot be read as the model can, or that splits text into other tokens."""
-    assert config.recovery is not None
-    ours, theirs, settings = config.model.source, config.teacher, config.recovery.distillation
-    if theirs is None or settings is None:
+    if (theirs := config.teacher) is None:
         return
+    assert config.recovery is not None
+    assert config.recovery.distillation is not None
+    ours = config.model.source
     place = "recovery.distillation.teacher"
     said = _check_kind(place, theirs, sources, served=True)
     from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
     from recovery import distill
 
     try:
-        distill.check(_described(ours, sources), said, settings)
+        distill.check(_described(ours, sources), said, config.recovery.distillation)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     words = [load_tokenizer(sources.model_folder(spec)).get_vocab() for spec in (ours, theirs)]
@@ -126,12 +127,13 @@ def check_data(config: RunConfig, sources: Sources) -> None:
 
 
 def check_length(config: RunConfig, sources: Sources) -> None:
-    """Refuse rows longer than the model has positions, and steps of fewer rows than there are processes."""
+    """Refuse rows longer than model or teacher have positions, and steps of fewer rows than there are processes."""
     assert config.recovery is not None
-    said = _described(config.model.source, sources)
-    longest, asked = said.get("max_position_embeddings"), config.recovery.max_length
-    if longest and asked > longest:
-        raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {config.model.source}")
+    asked = config.recovery.max_length
+    for spec in filter(None, (config.model.source, config.teacher)):
+        longest = _described(spec, sources).get("max_position_embeddings")
+        if longest and asked > longest:
+            raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {spec}")
     step, helping = config.recovery.batch_tokens, processes.count()
     if helping > step // asked:
         raise ConfigError(

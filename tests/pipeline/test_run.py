@@ -201,6 +201,9 @@ def test_a_teacher_of_other_words_or_kind_is_refused_before_any_work(world: Path
     wider = LlamaForCausalLM(LlamaConfig.from_dict({**tiny_model.config.to_dict(), "vocab_size": 999}))
     checkpoint.save(wider, tiny_tokenizer, world / "wider")
     assert f"vocab_size is {tiny_model.config.vocab_size}, the teacher's is 999" in refused("wider")
+    shorter = LlamaForCausalLM(LlamaConfig.from_dict({**tiny_model.config.to_dict(), "max_position_embeddings": 32}))
+    checkpoint.save(shorter, tiny_tokenizer, world / "shorter")
+    assert "recovery.max_length: 64 is more than the 32 positions of path:" in refused("shorter")
     checkpoint.save(tiny_model, tiny_tokenizer, world / "renamed")
     tokenizer = world / "renamed" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace('"a":', '"the a":'), encoding="utf-8")
