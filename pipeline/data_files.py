@@ -12,16 +12,15 @@ Row = dict[str, Any]
 
 def rows_of(content: bytes, place: str) -> list[Row]:
     """The rows of a file, whichever of the three it is. Raises SourceError naming `place` and the row or line."""
-    found = _parquet(content, place) if content.startswith(PARQUET) else _json(text_of(content, place), place)
-    escaped = b"\\ud" in content.lower()
+    if content.startswith(PARQUET):
+        found = _parquet(content, place)
+    else:
+        text = text_of(content, place).removeprefix("\ufeff")  # a byte order mark
+        found = _json(text, place)
+        _refuse_half_pairs(text, found, place)
     for index, row in enumerate(found):
         if not isinstance(row, dict):
             raise SourceError(f"{place}: row {index + 1} is not a mapping of fields to values")
-        if escaped and not _is_unicode(row):
-            raise SourceError(
-                f"{place}: row {index + 1} holds half of a surrogate pair (\\ud800 to \\udfff alone), which no "
-                "tokenizer reads: take it out"
-            )
     return cast("list[Row]", found)
 
 
@@ -35,7 +34,6 @@ def text_of(content: bytes, place: str) -> str:
 
 
 def _json(text: str, place: str) -> list[Any]:
-    text = text.removeprefix("\ufeff")  # a byte order mark
     if text.lstrip().startswith("["):
         try:
             return cast("list[Any]", json.loads(text))
@@ -53,12 +51,18 @@ def _json(text: str, place: str) -> list[Any]:
     return found
 
 
-def _is_unicode(row: Row) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _refuse_half_pairs(text: str, rows: list[Any], place: str) -> None:
+    """JSON can escape half of a surrogate pair, which is no character."""
+    if "\\ud" not in text.lower():
+        return
+    for index, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"{place}: row {index + 1} holds half of a surrogate pair (\\ud800 to \\udfff alone), which no "
+                "tokenizer reads: take it out"
+            ) from error
 
 
 def _parquet(content: bytes, place: str) -> list[Any]:

@@ -1,8 +1,11 @@
+import datetime
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from pipeline import rows
@@ -85,6 +88,15 @@ def test_a_string_may_hold_what_others_take_for_a_line_end(tmp_path: Path, sourc
     content = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\r\n" for line in lines)
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + content.encode())  # a byte order mark, as Windows tools write
     assert rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.jsonl", field="text")) == lines
+
+
+def test_parquet_rows_are_no_json(tmp_path: Path, sources: Sources):
+    """What looks like an escape in their text is none, and their other fields may be of kinds that JSON has not."""
+    table = pa.table({"text": [r"\ud800 as it is written"], "day": [datetime.date(2026, 1, 1)]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="none")
+    assert (
+        rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.parquet", field="text")) == table["text"].to_pylist()
+    )
 
 
 def test_a_text_file_is_cut_between_lines(tmp_path: Path, sources: Sources):
