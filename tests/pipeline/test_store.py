@@ -88,6 +88,7 @@ def test_a_forced_build_begins_anew_once(tmp_path: Path):
 
     def stop(workspace: Workspace) -> dict[str, Any]:
         found.append(sorted(path.name for path in workspace.scratch.iterdir()))
+        workspace.resumed = bool(found[-1])
         (workspace.scratch / f"part {len(found)}").write_text("")
         if len(found) < 4:
             raise KeyboardInterrupt
@@ -96,7 +97,8 @@ def test_a_forced_build_begins_anew_once(tmp_path: Path):
     for force in (False, True, True):
         with pytest.raises(KeyboardInterrupt):
             store.build("prune", MATERIAL, stop, force=force)
-    store.build("prune", MATERIAL, stop, force=True)
+    _, status = store.build("prune", MATERIAL, stop, force=True)
+    assert status == "resumed"
     assert found == [[], [], ["part 2"], ["part 2", "part 3"]]
 
 
