@@ -20,9 +20,8 @@ def write(path: Path, items: Sequence[Item]) -> None:
 def read(path: Path) -> list[Item]:
     """Raises ValueError naming the line that is not an item."""
     items: list[Item] = []
-    # Not splitlines: it also cuts at characters that JSON strings, what a model wrote, may hold.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines of the text: it also cuts at characters that JSON strings, what a model wrote, may hold.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:

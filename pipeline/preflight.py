@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
 from pipeline.plan import shape_of
 from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
-from pipeline.sources import Sources
+from pipeline.sources import Sources, described
 from pipeline.steps import Step
 from pruning.config import SERVED
 from recovery import saved, targets
@@ -180,20 +180,18 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
 
 def _described(spec: str, sources: Sources) -> dict[str, Any]:
     """A model's config.json."""
-    sources.model_folder(spec)  # fetches it
-    said = sources.model_config(spec)
-    assert said is not None
-    return said
+    return described(sources.model_folder(spec) / "config.json", spec)
 
 
 def _check_kind(place: str, spec: str, sources: Sources, served: bool) -> dict[str, Any]:
     """The config.json of a model of safetensors, and where `served` is asked, of a kind that is trained or taught."""
-    said = _described(spec, sources)
+    folder = sources.model_folder(spec)
+    said = described(folder / "config.json", spec)
     names: list[str] = said.get("architectures") or []
     if served and not set(names) & set(SERVED):
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"{place}: {spec} is {found}; regrow serves {', '.join(SERVED)}")
-    if not any(sources.model_folder(spec).glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")):
         remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"{place}: {spec} has no .safetensors weights; {remedy}")
     return said

@@ -70,6 +70,17 @@ def parse(spec: str) -> Source:
     return Source(spec, kind, body, "", member)
 
 
+def described(file: Path, place: str) -> dict[str, Any]:
+    """What a model's config.json says. Raises SourceError, which names `place`, where it is no JSON object."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{place}: {file} is not JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise SourceError(f"{place}: {file} is not a mapping of settings to values")
+    return cast("dict[str, Any]", said)
+
+
 class Sources:
     """Resolves sources against one store. `notify` hears what is being waited for."""
 
@@ -139,13 +150,7 @@ class Sources:
             file = made / "config.json"
         if not file.is_file():
             raise SourceError(f"{spec}: {file.parent} is not a model folder (it has no config.json)")
-        try:
-            said = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SourceError(f"{spec}: {file} is not JSON: {error}") from error
-        if not isinstance(said, dict):
-            raise SourceError(f"{spec}: {file} is not a mapping of settings to values")
-        return cast("dict[str, Any]", said)
+        return described(file, spec)
 
     def _made(self, source: Source) -> Path | None:
         """The folder of a model that is made here, if it has been."""

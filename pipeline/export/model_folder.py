@@ -1,6 +1,5 @@
 """A Hugging Face folder as the exporters read it: its config's entries, its shape, its tensors one by one."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.sources import described
 from pruning.architecture import Architecture
 from pruning.config import OWN, SERVED
 
@@ -33,7 +33,7 @@ class ModelFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise ConfigError(f"{self.path}: not a model folder (it has no config.json)")
-        said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        said = described(file, str(self.path))
         if not set(said.get("architectures") or []) & set(SERVED):
             found = ", ".join(said.get("architectures") or []) or "an unnamed architecture"
             raise ConfigError(f"{self.path}: {found} is not LLaMA-like; regrow serves {', '.join(SERVED)}")
