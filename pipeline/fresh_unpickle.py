@@ -3,7 +3,8 @@
 python -I fresh_unpickle.py FILE.bin OUT: writes OUT/tensors.safetensors and OUT/attributes.json.
 
 Nothing that the file names is imported or called, but for what makes tensors, ordered dictionaries, sizes and dtypes.
-Every other object becomes a `Recorded`: its class's name, and the attributes that would have been put on it. TorchScript
+Every other object becomes a `Recorded`: its class's name, and the attributes that would have been put on it.
+TorchScript
 archives, which `torch.load` would hand to an interpreter of their own code, are refused.
 """
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
