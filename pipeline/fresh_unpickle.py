@@ -4,8 +4,7 @@ python -I fresh_unpickle.py FILE.bin OUT: writes OUT/tensors.safetensors and OUT
 
 Nothing that the file names is imported or called, but for what makes tensors, ordered dictionaries, sizes and dtypes.
 Every other object becomes a `Recorded`: its class's name, and the attributes that would have been put on it.
-TorchScript
-archives, which `torch.load` would hand to an interpreter of their own code, are refused.
+TorchScript archives, which `torch.load` would hand to an interpreter of their own code, are refused.
 """
 
 import json
