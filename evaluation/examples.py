@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from evaluation.harness import build_task, gold_index, requests
+from evaluation.harness import build_task, check, gold_index, requests
 from evaluation.suites import Suite
 
 
 def examples(suite: Suite, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(context, continuation) of each row's right answer; the continuation begins with its blank."""
+    """(context, continuation) of each row's right answer; the continuation begins with its blank.
+
+    Raises ValueError for rows that lm-eval cannot ask.
+    """
+    check(suite, rows)
     task = build_task(suite, rows)
     return [pairs[gold_index(task, doc)] for doc, pairs in requests(task)]

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import datasets
 import lm_eval.tasks
+import pyarrow
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
@@ -22,18 +23,19 @@ def build_task(suite: Suite, rows: list[dict[str, Any]] | None, revision: str | 
     """The suite's lm-eval task over `rows` (its hub schema), or over its own hub data set where rows is None.
 
     Only the data set is replaced: prompts, choices, filters and metrics are the task's. `revision` pins hub data.
+    Always zero-shot, whatever a task's own file says. Raises ValueError for rows that make no table.
     """
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"num_fewshot": 0}
     if rows is not None:
-        table = datasets.Dataset.from_list(rows)
+        table = _table(rows)
 
         def local(**_: object) -> datasets.DatasetDict:
             return datasets.DatasetDict({SPLIT: table})
 
         splits = {"training_split": None, "validation_split": None, "test_split": SPLIT, "fewshot_split": None}
-        data = {"custom_dataset": local, "dataset_kwargs": None, **splits}
+        data |= {"custom_dataset": local, "dataset_kwargs": None, **splits}
     elif revision:
-        data = {"dataset_kwargs": {"revision": revision}}
+        data |= {"dataset_kwargs": {"revision": revision}}
     if suite.config:
         task: Any = ConfigurableTask(config={**suite.config, **data})
     else:
@@ -42,6 +44,31 @@ def build_task(suite: Suite, rows: list[dict[str, Any]] | None, revision: str | 
         found = manager.load([{"group": "regrow", "task": [{"task": suite.task, **data}]}])["tasks"]
         (task,) = found.values()
     return cast("ConfigurableTask", task)
+
+
+def _table(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_list(rows)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"the rows make no table, a field may have values of several types: {error}") from error
+
+
+def check(suite: Suite, rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError where lm-eval cannot ask these rows.
+
+    The fields of our own suites are `suites.check_rows`'s to know; of a task by name (`lm-eval:TASK`) every row is
+    asked for its text and its answer here.
+    """
+    _table(rows)
+    if suite.fields:
+        return
+    try:
+        task = build_task(suite, rows)
+        for doc in task.eval_docs:
+            task.doc_to_text(doc)
+            gold_index(task, cast("dict[str, Any]", doc))
+    except Exception as error:  # templates and functions of any task
+        raise ValueError(f"lm-eval cannot ask the rows as {suite.name}: {error!r}") from error
 
 
 def gold_index(task: ConfigurableTask, doc: dict[str, Any]) -> int:

@@ -7,7 +7,6 @@ from collections import defaultdict
 from typing import Any
 
 from evaluation import suites
-from evaluation.suites import check_rows
 from pipeline import processes, rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
@@ -19,6 +18,8 @@ from pruning.config import SERVED
 from recovery import saved, targets
 from recovery.data import Example, hold_out
 
+CHARACTERS = 32  # of a token, more than any text has on average: what is longer need not be counted
+
 
 def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
     """Fetch and read every input of the missing steps. Raises ConfigError or SourceError."""
@@ -28,6 +29,7 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
     if stages & {"statistics", "prune"}:
         if config.calibration:
             rows.texts(sources, config.calibration)
+            _check_positions("pruning.calibration.length", config.calibration.length, config.model.source, sources)
         check_pruning(config, sources)
     if "recover" in stages:
         check_base(config)
@@ -40,13 +42,9 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_adapter(config, config.adapter, sources)
     for part in dict.fromkeys(scored):
         if isinstance(part, PerplexityConfig):
-            if not rows.texts(sources, part):
-                raise SourceError(f"evaluation.perplexity: {part.source}: no text to score")
+            check_text(config, part, sources)
         elif local := part.rows():
-            try:
-                check_rows(suites.load(part.name), rows.read_rows(sources, local), part.source or "")
-            except ValueError as error:
-                raise SourceError(f"evaluation.suites: {error}") from error
+            check_asked(part, rows.read_rows(sources, local))
     if "export" in stages:
         from pipeline.export import foreseen
 
@@ -131,9 +129,7 @@ def check_length(config: RunConfig, sources: Sources) -> None:
     assert config.recovery is not None
     asked = config.recovery.max_length
     for spec in filter(None, (config.model.source, config.teacher)):
-        longest = _described(spec, sources).get("max_position_embeddings")
-        if longest and asked > longest:
-            raise ConfigError(f"recovery.max_length: {asked} is more than the {longest} positions of {spec}")
+        _check_positions("recovery.max_length", asked, spec, sources)
     step, helping = config.recovery.batch_tokens, processes.count()
     if helping > step // asked:
         raise ConfigError(
@@ -162,6 +158,30 @@ def check_base(config: RunConfig) -> None:
             raise ConfigError(f"recovery.quantized_base: {config.recovery.quantized_base} {reason}")
 
 
+def check_asked(part: SuiteConfig, found: list[dict[str, Any]]) -> None:
+    """Refuse rows to score of which lm-eval's task makes nothing."""
+    from evaluation.harness import check as check_task  # lm-eval comes in here, as something has to be scored
+
+    try:
+        check_task(suites.load(part.name), found)
+    except ValueError as error:
+        raise SourceError(f"evaluation.suites: {part.source}: {error}") from error
+
+
+def check_text(config: RunConfig, part: PerplexityConfig, sources: Sources) -> None:
+    """Refuse text that makes no window, or windows that are longer than the model has positions."""
+    place = f"evaluation.perplexity: {part.name}"
+    _check_positions(f"{place}: window", part.window, config.model.source, sources)
+    if not (found := rows.texts(sources, part)):
+        raise SourceError(f"{place}: {part.source}: no text to score")
+    if sum(map(len, found)) < part.window * CHARACTERS:
+        from pruning.checkpoint import load_tokenizer
+
+        tokenizer = load_tokenizer(sources.model_folder(config.model.source))
+        if (count := len(tokenizer("\n\n".join(found), verbose=False)["input_ids"])) < part.window:
+            raise SourceError(f"{place}: {part.source}: {count} tokens make no window of {part.window}; lower `window`")
+
+
 def check_leaks(config: RunConfig, sources: Sources) -> None:
     """Refuse to train or calibrate on what is scored: the same question or passage in local rows of one suite."""
     marks: dict[str, set[str]] = defaultdict(set)
@@ -176,6 +196,12 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
         if part.suite and (both := marks[part.suite] & _marks(sources, part)):
             remedy = "set `half` on both sides, or `exclude` the scored file"
             raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
+
+
+def _check_positions(place: str, asked: int, spec: str, sources: Sources) -> None:
+    longest = _described(spec, sources).get("max_position_embeddings")
+    if longest and asked > longest:
+        raise ConfigError(f"{place}: {asked} is more than the {longest} positions of {spec}")
 
 
 def _described(spec: str, sources: Sources) -> dict[str, Any]:

