@@ -15,7 +15,7 @@ from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources, described
 from pipeline.steps import Step
 from pruning.config import SERVED
-from recovery import saved, targets
+from recovery import adapters, saved, targets
 from recovery.data import Example, hold_out
 
 CHARACTERS = 32  # of a token, more than any text has on average: what is longer need not be counted
@@ -35,6 +35,8 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_base(config)
         check_length(config, sources)
         check_targets(config, sources)
+    if scored or stages & {"teacher", "recover"}:
+        check_tokenizer(config.model.source, sources)
     if config.recovery and stages & {"teacher", "recover", "merge"}:
         check_teacher(config, sources)
         check_data(config, sources)
@@ -58,6 +60,14 @@ def check_model(config: RunConfig, sources: Sources) -> None:
     _check_kind("model.source", config.model.source, sources, changed)
 
 
+def check_tokenizer(spec: str, sources: Sources) -> None:
+    """Refuse a tokenizer that ends every text: a prompt would be over before its answer, in training and in scoring."""
+    tokenizer = _tokenizer(spec, sources)
+    if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+        remedy = "set add_eos_token to false in its tokenizer_config.json, or take that token from its post-processor"
+        raise ConfigError(f"model.source: the tokenizer of {spec} ends every text by {tokenizer.eos_token}; {remedy}")
+
+
 def check_teacher(config: RunConfig, sources: Sources) -> None:
     """Refuse a teacher of its own that cannot be read as the model can, or that splits text into other tokens."""
     if (theirs := config.teacher) is None:
@@ -67,14 +77,13 @@ def check_teacher(config: RunConfig, sources: Sources) -> None:
     ours = config.model.source
     place = "recovery.distillation.teacher"
     said = _check_kind(place, theirs, sources, served=True)
-    from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
-    from recovery import distill
+    from recovery import distill  # torch comes in here, as something has to be built
 
     try:
         distill.check(_described(ours, sources), said, config.recovery.distillation)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    words = [load_tokenizer(sources.model_folder(spec)).get_vocab() for spec in (ours, theirs)]
+    words = [_tokenizer(spec, sources).get_vocab() for spec in (ours, theirs)]
     if words[0] != words[1]:
         raise ConfigError(f"{place}: {theirs} has another tokenizer than {ours}; name a model that has the same")
 
@@ -149,8 +158,13 @@ def check_targets(config: RunConfig, sources: Sources) -> None:
 
 
 def check_base(config: RunConfig) -> None:
-    """Refuse a quantized base that cannot be had here."""
+    """Refuse a quantized base that cannot be had here, and sharded weights where the method needs them whole."""
+    from recovery import parallel  # torch comes in here, as something has to be built
+
     assert config.recovery is not None
+    name = config.recovery.adapter.method
+    if reason := parallel.refusal(name, adapters.load(name).Method.whole_weights):
+        raise ConfigError(f"recovery.adapter.method: {reason}")
     if config.recovery.quantized_base:
         from recovery.quantized import refusal
 
@@ -175,9 +189,7 @@ def check_text(config: RunConfig, part: PerplexityConfig, sources: Sources) -> N
     if not (found := rows.texts(sources, part)):
         raise SourceError(f"{place}: {part.source}: no text to score")
     if sum(map(len, found)) < part.window * CHARACTERS:
-        from pruning.checkpoint import load_tokenizer
-
-        tokenizer = load_tokenizer(sources.model_folder(config.model.source))
+        tokenizer = _tokenizer(config.model.source, sources)
         if (count := len(tokenizer("\n\n".join(found), verbose=False)["input_ids"])) < part.window:
             raise SourceError(f"{place}: {part.source}: {count} tokens make no window of {part.window}; lower `window`")
 
@@ -196,6 +208,12 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
         if part.suite and (both := marks[part.suite] & _marks(sources, part)):
             remedy = "set `half` on both sides, or `exclude` the scored file"
             raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
+
+
+def _tokenizer(spec: str, sources: Sources) -> Any:
+    from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
+
+    return load_tokenizer(sources.model_folder(spec))
 
 
 def _check_positions(place: str, asked: int, spec: str, sources: Sources) -> None:

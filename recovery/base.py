@@ -34,7 +34,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")  # options that set single layers a
 class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Base of every adapter's `Config`."""
 
-    learning_rate: ClassVar[float] = 2e-3  # a recovery's, where it says none: what few trials favour (docs/results.md)
+    learning_rate: ClassVar[float] = 2e-3  # what few trials favour (docs/results.md)
     without_patterns: ClassVar[str] = ""  # why the method has no rank or alpha of single layers, where it has none
     method: str
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
@@ -56,6 +56,10 @@ class AdapterConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
             if isinstance(said, dict) and option in said and option not in cls.model_fields:
                 raise ValueError(f"{option}: {cls.without_patterns}; leave it out")
         return said
+
+    def default_rate(self) -> float:
+        """The learning rate of a recovery that names none."""
+        return self.learning_rate
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """Options that speak of some layers only, and the patterns they give; each must fit an adapted layer."""

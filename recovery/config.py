@@ -67,7 +67,7 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     tokens: int = Field(ge=1, description="training tokens, prompts included; never exceeded")
     loss: Literal["response", "full"] = Field(default="response", description="which tokens are learned")
     learning_rate: float = Field(
-        default_factory=lambda said: said["adapter"].learning_rate,
+        default_factory=lambda said: said["adapter"].default_rate(),
         gt=0,
         lt=1,
         description="the highest, reached after the warm-up; by default the method's",

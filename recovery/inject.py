@@ -1,13 +1,12 @@
 """Attaching adapters to a model, and their files.
 
 An adapter folder holds `adapter.safetensors` (trained and kept tensors) and `adapter.json`: method, its whole config,
-the seed, the sha256 of the bases that are rebuilt from it, and a sha256 of a sample of the weights it was trained on,
-so that it is not put on another model, or twice on the same. It is not PEFT's format.
+the seed, the sha256 of the bases that are rebuilt from it, and sha256 of samples of the decoder it was trained on, so
+that it is not put on another model, or twice on the same. It is not PEFT's format.
 """
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recovery import adapters, products
+from recovery import adapters, products, samples
 from recovery.base import Adapter, AdapterConfig, Layer, Tensors, digest_of, seed_of
 from recovery.saved import DESCRIPTION, FORMAT, WEIGHTS, described
 from recovery.targets import chosen
-
-SAMPLED = 64  # weights of each adapted layer that go into the sample
 
 
 class Registered(nn.ParameterDict):
@@ -33,6 +30,7 @@ class Registered(nn.ParameterDict):
     def __init__(self, tensors: Tensors, device: torch.device) -> None:
         super().__init__({name: nn.Parameter(tensor.to(device)) for name, tensor in tensors.trainable.items()})
         self.tensors = tensors
+        self.rest = ""  # of the shared set: digest of the layers without an adapter
         for name, tensor in tensors.kept.items():
             self.register_buffer(f"kept_{name}", tensor.to(device), persistent=False)
         for name, tensor in tensors.bases.items():
@@ -59,7 +57,7 @@ class AdaptedLinear(nn.Module):
         self.method = method
         self.adapter = Registered(method, linear.weight.device)
         self.shared = shared  # one module for all layers
-        self.sample = _sample(linear.weight)  # taken now: weights may be sharded later
+        self.sample = samples.sample(linear.weight)  # taken now: weights may be sharded later
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.method.frozen(self.linear.weight), cast("Tensor | None", self.linear.bias)
@@ -86,6 +84,8 @@ def attach(model: PreTrainedModel, config: AdapterConfig, seed: int) -> list[str
     layers = [Layer(name, linear.weight, seed_of(seed, name), size) for name, linear in found.items()]
     shared = method.share(config, layers, seed_of(seed, "shared"))
     holder = Registered(shared, layers[0].weight.device)
+    rest = {name: samples.sample(linear.weight) for name, linear in linears(model).items() if name not in found}
+    holder.rest = samples.digest(rest)
     model.requires_grad_(False)
     for layer in layers:
         linear = found[layer.name]
@@ -133,7 +133,7 @@ def save(model: nn.Module, folder: Path, seed: int) -> None:
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "bases_sha256": _bases_digest(model),
-        "base_sample_sha256": sample_digest(model),
+        **sample_digests(model),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in {**trainable(model), **kept(model)}.items()}
     save_file(tensors, folder / WEIGHTS)
@@ -179,12 +179,12 @@ def _check(model: nn.Module, said: dict[str, Any], folder: Path) -> None:
             f"{folder}: the bases rebuilt from seed {said['seed']} have sha256 {found[:16]}, it was trained with "
             f"{said['bases_sha256'][:16]}: another seed or torch draws other numbers; use the merged model instead"
         )
-    check_base(model, said["base_sample_sha256"], str(folder))
+    check_base(model, said, str(folder))
 
 
-def check_base(model: nn.Module, digest: str, place: str) -> None:
-    """Raises ValueError where the weights under the adapters are not those of `digest`, by `sample_digest`."""
-    if digest == sample_digest(model):
+def check_base(model: nn.Module, said: Mapping[str, str], place: str) -> None:
+    """Raises ValueError where the decoder's weights are not those that an adapter's files say, by `sample_digests`."""
+    if all(said.get(name, digest) == digest for name, digest in sample_digests(model).items()):
         return
     half = any(module.linear.weight.dtype == torch.float16 for module in adapted(model).values())
     dtype = ", in the dtype it was trained in, as float16 rounds otherwise" if half else ""
@@ -195,21 +195,26 @@ def check_base(model: nn.Module, digest: str, place: str) -> None:
 
 
 def targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Linear]:
-    """The decoder layers' linear modules by their full names, those asked for; lm_head is never among them.
+    """The decoder layers' linear modules that are asked for, by their full names.
 
     Raises ValueError for a target or pattern that fits none, and for quantised weights.
     """
-    blocks: Any = model.get_decoder().layers
-    decoder = {id(module) for module in blocks.modules()}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in decoder
-    }
+    found = linears(model)
     for name, linear in found.items():
         if not linear.weight.is_floating_point():
             raise ValueError(f"{name}: weights of {linear.weight.dtype} cannot be adapted: load the model unquantised")
     return {name: found[name] for name in chosen(found, config)}
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The decoder layers' linear modules by their full names; lm_head is never among them."""
+    blocks: Any = model.get_decoder().layers
+    decoder = {id(module) for module in blocks.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in decoder
+    }
 
 
 def _head_size(model: PreTrainedModel) -> int:
@@ -237,16 +242,8 @@ def _bases_digest(model: nn.Module) -> str:
     )
 
 
-def sample_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and samples of the adapted layers."""
-    total = hashlib.sha256()
-    for name, module in adapted(model).items():
-        total.update(name.encode() + module.sample)
-    return total.hexdigest()
-
-
-def _sample(weight: Tensor) -> bytes:
-    """Shape and evenly spaced values, as bfloat16 so that loading in another dtype does not matter."""
-    values = weight.detach().flatten()
-    values = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
-    return f"{tuple(weight.shape)}".encode() + values.numpy().tobytes()
+def sample_digests(model: nn.Module) -> dict[str, str]:
+    """By what the adapter's files know the model: `recovery.samples` of the adapted layers and of the others."""
+    layers = adapted(model)
+    rest: str = next(iter(layers.values())).shared.rest
+    return {samples.ADAPTED: samples.digest({name: layer.sample for name, layer in layers.items()}), samples.REST: rest}

@@ -63,6 +63,13 @@ def sharded() -> bool:
     return processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def refusal(method: str, whole_weights: bool) -> str | None:
+    """Why a method that may need whole weights cannot train here, or None."""
+    if whole_weights and sharded():
+        return f"{method} needs whole weights: launch without FSDP, or take another method"
+    return None
+
+
 def shard(model: PreTrainedModel, whole: Iterable[nn.Module]) -> Within:
     """Split the weights of every decoder layer, and what is outside them, over the processes. The modules `whole` stay
     whole. Returns what a forward pass has to be called through."""

@@ -14,7 +14,6 @@ from typing import Any, cast
 from recovery.base import AdapterConfig
 
 WEIGHTS, DESCRIPTION, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-BASE = "base_sample_sha256"
 LOW_RANK = ("lora", "rora", "dora", "nola", "melora", "lora_mini", "edora", "sora", "increlora", "flat_lora", "gelora")
 PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 VECTORS = {

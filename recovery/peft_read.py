@@ -11,8 +11,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from recovery import adapters
-from recovery.peft_format import BASE, PARTS, PREFIX, VECTORS, WEIGHTS, described, method_of, opened
+from recovery.peft_format import DESCRIPTION, PARTS, PREFIX, VECTORS, WEIGHTS, described, method_of, opened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,23 +42,23 @@ def attach(model: PreTrainedModel, folder: Path) -> list[str]:
                 raise ValueError(f"{folder}: base {name} is {list(found.shape)}; this model needs {list(target.shape)}")
             target.copy_(found[tuple(slice(size) for size in target.shape)])
         inject.load_tensors(model, ours, str(folder))
-        if base:
-            inject.check_base(model, base, str(folder))
+        inject.check_base(model, base, str(folder))
     except ValueError:
         inject.detach(model)
         raise
     return attached
 
 
-def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tensor], str | None]:
-    """A PEFT folder's adapter in our terms: config, tensors by name, random bases, the digest of its base if it says.
+def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """A PEFT folder's adapter in our terms: config, tensors by name, random bases, and the file's metadata, which may
+    hold digests of its base (`recovery.samples`).
 
     Raises ValueError for what cannot be read exactly.
     """
     said = described(folder)
     with opened(folder / WEIGHTS) as file:
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        base: str | None = (file.metadata() or {}).get(BASE)
+        base: dict[str, str] = file.metadata() or {}
     config, ours, bases = (_read_low_rank if said["peft_type"] == "LORA" else _read_shared)(said, tensors, folder)
     return config, ours, bases, base
 
@@ -64,15 +66,19 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tens
 def _read_low_rank(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[AdapterConfig, Any, Any]:
     ours = _renamed(tensors, PARTS, folder)
     method = method_of(said)
+    parts = ("A", "B", "magnitude") if method == "dora" else ("A", "B")
+    wanted = [f"{layer}.{part}" for layer in dict.fromkeys(name.rpartition(".")[0] for name in ours) for part in parts]
+    if absent := [name for name in wanted if name not in ours]:
+        raise ValueError(f"{folder / WEIGHTS}: it has no {absent[0]}: it is damaged")
     ranks = {name.removesuffix(".A"): tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A")}
     alphas: dict[str, float] = {}
+    patterns = _patterns(said.get("alpha_pattern"), folder)
     for name, rank in ranks.items():
-        patterns: dict[str, float] = said.get("alpha_pattern") or {}
         alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name)), said["lora_alpha"])
         # Our DoRA knows one scale, alpha / rank.
         alphas[name] = alpha * math.sqrt(rank) if method == "dora" and said.get("use_rslora") else alpha
     options = {"method": method, "targets": tuple(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
-    return adapters.load(method).Config.model_validate(options), ours, {}
+    return _config(options, folder), ours, {}
 
 
 def _read_shared(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[AdapterConfig, Any, Any]:
@@ -95,7 +101,24 @@ def _read_shared(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path)
         for name, tensor in ours.items():
             if name.endswith(".lambda"):
                 ours[name] = tensor.T.float() * math.sqrt(tensor.shape[1])
-    return adapters.load(method).Config.model_validate(options), ours, bases
+    return _config(options, folder), ours, bases
+
+
+def _config(options: dict[str, Any], folder: Path) -> AdapterConfig:
+    try:
+        return adapters.load(options["method"]).Config.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{folder / DESCRIPTION}: {place}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _patterns(said: Any, folder: Path) -> dict[str, float]:
+    """alpha_pattern: regular expressions of layers' names, and their alphas."""
+    try:
+        return {key: said[key] for key in said or {} if re.compile(key)}
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{folder / DESCRIPTION}: alpha_pattern: {said!r} cannot be read: {error}") from error
 
 
 def _renamed(tensors: dict[str, Tensor], parts: dict[str, str], folder: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from recovery import inject
 from recovery.adapters.lora import LowRank
-from recovery.peft_format import BASE, DESCRIPTION, PARTS, PREFIX, VECTORS, WEIGHTS, refusal
+from recovery.peft_format import DESCRIPTION, PARTS, PREFIX, VECTORS, WEIGHTS, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +49,7 @@ def write(model: PreTrainedModel, folder: Path, base: str) -> None:
     options, tensors = forms.get(config.method, _low_rank)(methods)
     folder.mkdir(parents=True, exist_ok=True)
     ready = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, folder / WEIGHTS, metadata={"format": "pt", BASE: inject.sample_digest(model)})
+    save_file(ready, folder / WEIGHTS, metadata={"format": "pt", **inject.sample_digests(model)})
     (folder / DESCRIPTION).write_text(json.dumps({**said, **options}, indent=2), encoding="utf-8")
 
 

@@ -77,6 +77,8 @@ def described(folder: Path) -> dict[str, Any]:
     wanted = ("method_version", "config", "seed", "bases_sha256", "base_sample_sha256")
     if absent := [key for key in wanted if key not in said]:
         raise ValueError(f"{file}: it does not say {', '.join(absent)}: it is damaged")
+    if not isinstance(said["seed"], int):
+        raise ValueError(f"{file}: seed {said['seed']!r} is not a whole number: it is damaged")
     config: Any = said["config"]
     name = cast("dict[str, Any]", config).get("method") if isinstance(config, dict) else None
     if name not in adapters.names():

@@ -60,10 +60,12 @@ def train(
     left = config.tokens - run.state.tokens
     run.look()
     with interrupt.noticed() as pressed:
-        for batch in batches(remaining, left, config.batch_tokens, config.max_length):
+        steps = batches(remaining, left, config.batch_tokens, config.max_length)
+        for batch, following in itertools.pairwise(itertools.chain(steps, [None])):
+            assert batch
             if history.worn_out(run.state, config.validation.patience):
                 break
-            run.step(batch)
+            run.step(batch, last=following is None)
             stopped = parallel.add_up([float(pressed())])[0] > 0  # all processes stop at one step
             if (stopped or time.monotonic() - saved >= config.checkpoint_every) and parallel.rank() == 0:
                 run.save()
@@ -90,10 +92,8 @@ class _Run:
         if config.distillation and teacher is None:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
-        if parallel.sharded() and self.method.whole_weights:
-            raise ValueError(
-                f"{config.adapter.method} needs whole weights: launch without FSDP, or take another method"
-            )
+        if reason := parallel.refusal(config.adapter.method, self.method.whole_weights):
+            raise ValueError(reason)
         self.model, self.config, self.scratch = model, config, scratch
         self.validation, self.progress, self.teacher = validation, progress, teacher
         before = self._before()
@@ -117,7 +117,7 @@ class _Run:
         if parallel.rank() == 0:
             history.cut(scratch, self.state.step)
 
-    def step(self, batch: Sequence[Row]) -> None:
+    def step(self, batch: Sequence[Row], last: bool) -> None:
         """Feed a batch, take one optimizer step, log it, and measure the held-out loss where that is due."""
         state, config, started = self.state, self.config, time.monotonic()
         before, after = state.tokens, state.tokens + sum(len(row.ids) for row in batch)
@@ -127,7 +127,7 @@ class _Run:
         state.step, state.rows, state.tokens = state.step + 1, state.rows + len(batch), after
         state.labelled += labelled(batch)
         times = config.validation.times
-        if int(before * times / config.tokens) < int(after * times / config.tokens):
+        if last or int(before * times / config.tokens) < int(after * times / config.tokens):
             self._validate()
         state.seconds += time.monotonic() - started
         if parallel.rank() == 0:
@@ -145,7 +145,9 @@ class _Run:
         state = self.state
         worn_out = history.worn_out(state, self.config.validation.patience)
         if not state.validation or state.validation[-1]["step"] != state.step:
-            self._validate()
+            self._validate()  # a run that took no step, or was stopped at its last one
+        if parallel.rank() > 0:
+            return {}
         if self.validation and state.best_step != state.step:
             path = self._best(state.best_step)
             best, _ = checkpoints.read(path)
@@ -156,8 +158,6 @@ class _Run:
         if self.config.gradient_checkpointing:
             self._recompute("disable")
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
-        if parallel.rank() > 0:
-            return {}
         found = {"processes": parallel.processes(), "sharded": parallel.sharded(), "quantized_base": self.base}
         found |= {"fitted": self.fitted} if self.fitted else {}
         return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **found}
@@ -173,6 +173,9 @@ class _Run:
             else self.method.step(self._methods(), sum(len(row.ids) for row in mine), len(mine))
         ):
             losses = self._backward(batch)
+        if (scale := self._scale(batch)) > 1:
+            for parameter in self.parameters.values():
+                parameter.grad = None if parameter.grad is None else parameter.grad / scale
         parallel.add_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
@@ -195,10 +198,10 @@ class _Run:
         count, fed = labelled(batch), self.state.tokens
         settings, teacher = self.config.distillation, self.teacher
         positions = sum(sum(distilled(row, settings.positions)) for row in batch) if settings else 0
-        sums = [0.0, 0.0, 0.0]
+        sums, scale = [0.0, 0.0, 0.0], self._scale(batch)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         for place, row, counts in parallel.share(batch):
-            over = (count, positions) if counts else (math.inf, math.inf)
+            over = (count / scale, positions / scale) if counts else (math.inf, math.inf)
             with torch.random.fork_rng(devices):  # for the adapter's dropout, and the model's own
                 torch.manual_seed(seed_of(self.config.seed, "dropout", self.state.step, place))
                 if settings and teacher:
@@ -212,6 +215,10 @@ class _Run:
             self._tell(fed)
         sums = parallel.add_up(sums)
         return distill.means(sums, settings, count, positions) if settings else {"loss": sums[0] / count}
+
+    def _scale(self, batch: Sequence[Row]) -> int:
+        """What gradients are too large by until a step's rows are summed up: float16 would lose those of a mean."""
+        return max(1, labelled(batch)) if self.model.dtype == torch.float16 else 1
 
     def look(self) -> None:
         """Measure the held-out loss before the first step: what training must not make far worse."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 VERSION, READS = 2, 1
 
 
-class Config(lora.LowRankConfig, frozen=True):
+class Config(lora.FactorsConfig, frozen=True):
     """DoRA's options."""
 
     method: Literal["dora"] = "dora"
@@ -27,6 +27,8 @@ class Config(lora.LowRankConfig, frozen=True):
 
 class Magnitude(lora.LowRank[lora.L]):
     """The magnitude m over whatever low-rank direction `factors` gives."""
+
+    undecayed = ("magnitude",)  # to decay it would shrink the rows of the weight, not what was added to them
 
     def __init__(self, config: lora.L, layer: Layer, shared: Tensors) -> None:
         super().__init__(config, layer, shared)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class Config(lora.LowRankConfig, frozen=True):
+class Config(lora.FactorsConfig, frozen=True):
     """Flat-LoRA's options."""
 
     method: Literal["flat_lora"] = "flat_lora"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class Config(lora.LowRankConfig, frozen=True):
+class Config(lora.FactorsConfig, frozen=True):
     """GeLoRA's options."""
 
     method: Literal["gelora"] = "gelora"

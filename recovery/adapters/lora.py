@@ -7,6 +7,7 @@ a = sqrt 5), B [out, rank] zero, both trained: rank (in + out) parameters. Merge
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION, READS = 2, 1
+REACHED = 0.016  # s sqrt(rank) rate: from 0.011 to 0.016 did best at ranks 8 to 128 (docs/results.md)
 
 
 class LowRankConfig(AdapterConfig, frozen=True):
@@ -45,6 +47,20 @@ class LowRankConfig(AdapterConfig, frozen=True):
     def alpha_of(self, name: str) -> float:
         """The alpha of the layer called `name`."""
         return of_pattern(name, self.alpha_pattern, self.alpha)
+
+
+class FactorsConfig(LowRankConfig, frozen=True):
+    """Of the methods that train LoRA's own A and B: their default learning rate follows rank and alpha."""
+
+    def reach(self, name: str) -> float:
+        """s sqrt(rank) of a layer: a step of AdamW moves every entry of B by about the rate, whatever the gradient's
+        size, and so the delta by about s sqrt(rank) times the rate."""
+        return self.alpha_of(name) / math.sqrt(self.rank_of(name))
+
+    def default_rate(self) -> float:
+        """The method's, or REACHED over the largest s sqrt(rank) where that is less. The rule is ours."""
+        largest = max(self.reach(name) for name in ("", *self.rank_pattern, *self.alpha_pattern))
+        return min(self.learning_rate, float(f"{REACHED / largest:.3g}"))
 
 
 L = TypeVar("L", bound=LowRankConfig)
@@ -83,7 +99,7 @@ class LowRank(Adapter[L]):
         return low_rank(x, weight, bias, down, self.scale() * up)
 
 
-class Config(LowRankConfig, frozen=True):
+class Config(FactorsConfig, frozen=True):
     """LoRA's options."""
 
     method: Literal["lora"] = "lora"

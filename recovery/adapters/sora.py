@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 VERSION, READS = 2, 1
 
 
-class Config(lora.LowRankConfig, frozen=True):
+class Config(lora.FactorsConfig, frozen=True):
     """SoRA's options."""
 
     method: Literal["sora"] = "sora"

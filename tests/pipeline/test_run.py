@@ -320,6 +320,18 @@ def test_a_model_that_is_not_llama_like_is_refused_before_any_work(world: Path, 
     assert not list((world / "store").glob("[!.]*"))
 
 
+def test_a_tokenizer_that_ends_every_text_is_refused_before_any_work(world: Path):
+    file = world / "dense" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    said["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    said["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    file.write_text(json.dumps(said))
+    result = regrow("run", "run.yaml")
+    assert result.exit_code == 2
+    assert "ends every text by </s>; set add_eos_token to false" in result.stderr
+    assert not list((world / "store").glob("[!.]*"))
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_heads_that_cannot_be_divided_are_told_of_the_model(world: Path, tiny_model: Any, command: str):
     tiny_model.save_pretrained(world / "odd")

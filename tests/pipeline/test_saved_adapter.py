@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.cli import main
@@ -162,6 +163,10 @@ def spoiled(what: str) -> None:
         shutil.rmtree("lora")
     elif what == "head":
         made_with_peft("dense", "lora", peft.LoraConfig(target_modules=["lm_head"]))
+    elif what == "part":
+        tensors = load_file(weights)
+        tensors.pop(next(name for name in tensors if name.endswith("lora_B.weight")))
+        save_file(tensors, weights)
     elif what == "own":
         said: dict[str, Any] = {"format": 1, "config": {"method": "lora"}}
         Path("lora/adapter.json").write_text(json.dumps(said))
@@ -186,6 +191,10 @@ def spoiled(what: str) -> None:
         ("head", "base_model.model.lm_head.base_layer.weight: not a linear layer's part of this method"),
         ("own", "adapter.json: it does not say method_version, seed"),
         ("own config", "adapter.json: its config is not one of lora's"),
+        ("part", "lora/adapter_model.safetensors: it has no model.layers."),
+        ('{"lora_alpha": 0}', "Input should be greater than 0 (got 0)"),
+        ('{"alpha_pattern": {"*": 3}}', "alpha_pattern: {'*': 3} cannot be read"),
+        ('{"alpha_pattern": ["q_proj"]}', "alpha_pattern: ['q_proj'] cannot be read"),
         ('{"peft_type": "IA3"}', "PEFT type 'IA3'; LORA, VERA and RANDLORA are read"),
         ('{"bias": "all"}', "bias: all: not served; merge it with PEFT"),
     ],

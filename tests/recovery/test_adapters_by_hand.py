@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 
 from recovery import adapters, inject
 from recovery.base import Layer, Tensors
+from recovery.config import RecoveryConfig
+from recovery.optimizer import adamw
 
 
 def made(name: str, weight: torch.Tensor, shared: Tensors | None = None, **options: Any) -> Any:
@@ -405,3 +407,16 @@ def test_flat_lora_learns_at_the_noisy_weight(dropout: float, tiny_model: LlamaF
             model.train()(ids, labels=ids).loss.backward()
     for name, parameter in inject.trainable(tiny_model).items():
         torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["dora", "edora"])
+def test_weight_decay_leaves_magnitudes_alone(method: str, tiny_model: LlamaForCausalLM):
+    """A magnitude that decays would shrink the rows of the weight, not the delta."""
+    config = RecoveryConfig.model_validate({"adapter": {"method": method}, "tokens": 1000, "weight_decay": 0.1})
+    inject.attach(tiny_model, config.adapter, seed=0)
+    parameters = inject.trainable(tiny_model)
+    optimizer = adamw(parameters, adapters.load(method).Method.undecayed, config)
+    for group in optimizer.param_groups:
+        held = {id(parameter) for parameter in group["params"]}
+        ends = {name.rpartition(".")[2] for name, parameter in parameters.items() if id(parameter) in held}
+        assert (ends == {"magnitude"}) == (group["weight_decay"] == 0), ends

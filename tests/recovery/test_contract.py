@@ -155,6 +155,12 @@ def test_state_round_trip(options: dict[str, Any], tiny_model: LlamaForCausalLM,
     with pytest.raises(ValueError, match=r"another pruned model|other weights"):
         inject.attach_saved(narrow, tmp_path)
     assert not inject.adapted(narrow)
+    for name in sorted(inject.linears(third).keys() - inject.adapted(tiny_model).keys())[:1]:  # a layer of no adapter
+        beside = copy.deepcopy(third)
+        beside.get_submodule(name).weight.data.mul_(2)
+        with pytest.raises(ValueError, match="other weights"):
+            inject.attach_saved(beside, tmp_path)
+        assert not inject.adapted(beside)
 
     tampered = tmp_path / "tampered"
     shutil.copytree(tmp_path, tampered, ignore=lambda *_: ["tampered"])

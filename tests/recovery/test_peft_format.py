@@ -41,7 +41,7 @@ def shake(parameters: Any) -> None:
     ids=str,
 )
 def test_peft_loads_what_ours_writes(options: dict[str, Any], tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
-    plain, other = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    plain, other, cut = (copy.deepcopy(tiny_model) for _ in range(3))
     inject.attach(tiny_model, adapters.load(options["method"]).Config(**options), seed=0)
     shake(inject.trainable(tiny_model).values())
     if options["method"] == "sora":
@@ -59,6 +59,9 @@ def test_peft_loads_what_ours_writes(options: dict[str, Any], tiny_model: LlamaF
     with pytest.raises(ValueError, match="trained on other weights"):
         peft_read.attach(merged, tmp_path)
     assert not inject.adapted(merged)
+    cut.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 70, bias=False)  # whether it has an adapter or not
+    with pytest.raises(ValueError, match=r"other weights|another pruned model|this model needs"):
+        peft_read.attach(cut, tmp_path)
 
 
 @pytest.mark.parametrize(

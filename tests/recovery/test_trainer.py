@@ -78,7 +78,9 @@ def test_training_lowers_the_loss_within_the_budget(
     assert report["loss"][-1] < report["loss"][0] - 0.1
     assert [check["tokens"] >= 6000 * n / 3 - 64 for n, check in enumerate(report["validation"], 1)] == [True] * 3
     assert report["validation"][-1]["loss"] < report["validation"][0]["loss"]
-    assert report["best_step"] == report["steps"]
+    held = {check["step"]: check["loss"] for check in report["validation"]}
+    assert {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line} == held
+    assert report["best_step"] == report["steps"] == max(held)
     assert report["trainable_parameters"] == 4 * 2 * (64 + 48 + 48 + 64 + 3 * 80)  # rank (in + out), two layers
     assert {total for _, total, _ in seen} == {6000}
     assert "tokens/s" in seen[-1][2]
@@ -89,6 +91,25 @@ def test_training_lowers_the_loss_within_the_budget(
 
 class Stop(KeyboardInterrupt):
     """What Ctrl-C raises."""
+
+
+def test_gradients_of_float16_do_not_fade_in_large_steps(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A mean over thousands of tokens is smaller than float16 can hold where it passes through the layers."""
+    seen: list[torch.Tensor] = []
+
+    def look(parameters: Any) -> None:
+        seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]))
+
+    monkeypatch.setattr("recovery.parallel.add_gradients", look)
+    config = config_of(tokens=32_000, batch_tokens=32_000, max_length=256, validation={"fraction": 0})
+    for dtype in (torch.float32, torch.float16):
+        (tmp_path / str(dtype)).mkdir()
+        train(copy.deepcopy(tiny_model).to(dtype), tiny_tokenizer, SOURCES, config, tmp_path / str(dtype))
+    exact, half = seen
+    assert torch.nn.functional.cosine_similarity(exact, half, dim=0) > 0.9999
+    assert half.norm() == pytest.approx(float(exact.norm()), rel=1e-2)
 
 
 @pytest.mark.parametrize("method", ["rora", "randlora", "flat_lora", "gelora", "increlora", "sora", "edora", "lorta"])
@@ -497,11 +518,25 @@ def test_a_step_holds_a_row_where_it_is_not_said(longest: dict[str, int], step: 
     assert RecoveryConfig.model_validate_json(config.model_dump_json()) == config
 
 
-@pytest.mark.parametrize("method", ["lora", "rora"])
-def test_the_learning_rate_is_the_methods_where_it_is_not_said(method: str) -> None:
-    config = {"adapter": {"method": method}, "tokens": 5000}
+@pytest.mark.parametrize(
+    ("adapter", "rate"),
+    [
+        ({"method": "lora"}, 2e-3),
+        ({"method": "lora", "rank": 32, "alpha": 64}, 1.41e-3),  # 0.016 / (2 sqrt(32))
+        ({"method": "lora", "rank": 64, "alpha": 512}, 2.5e-4),  # 0.016 / (8 sqrt(64)), as the next
+        ({"method": "rora", "rank": 64, "alpha": 64}, 2.5e-4),
+        ({"method": "rora"}, 5e-4),
+        ({"method": "rora", "rank": 128, "alpha": 128}, 1.25e-4),
+        ({"method": "rora", "rank": 2, "alpha": 2}, 2e-3),
+        ({"method": "rora", "alpha_pattern": {"q_proj": 640}}, 2.5e-5),  # 0.016 / 640: one rate for all layers
+        ({"method": "melora", "rank": 64, "alpha": 512}, 2e-3),
+        ({"method": "nola"}, 1e-2),
+    ],
+)
+def test_the_learning_rate_is_the_methods_where_it_is_not_said(adapter: dict[str, Any], rate: float) -> None:
+    config = {"adapter": adapter, "tokens": 5000}
     rates = [RecoveryConfig.model_validate(config | more).learning_rate for more in ({}, {"learning_rate": 1e-3})]
-    assert rates == [{"lora": 2e-3, "rora": 5e-4}[method], 1e-3]
+    assert rates == [rate, 1e-3]
 
 
 def test_configs_and_methods_need_no_torch() -> None:
