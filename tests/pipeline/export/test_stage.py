@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from gguf import GGUFWriter, RopeScalingType
 
 from pipeline.cli import main
 from pipeline.config_file import check
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError
+from pipeline.export import command, gguf
+from pipeline.gguf_folder import dequantize
 
 TEXTS = [f"the {a} {b} sees a {c}" for a in ["red", "blue"] for b in ["cat", "dog"] for c in ["bird", "tree", "house"]]
 
@@ -100,6 +103,28 @@ def test_a_gguf_file_is_a_source_like_the_folder_it_was_made_of(world: Path):
         assert found.exit_code == 0, found.output
         scores.append(json.loads(found.stdout)["models"]["dense"]["perplexity"]["text"])
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+def test_a_gguf_file_that_would_be_read_as_another_model_is_refused(folder: Any, tmp_path: Path):
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    (wanted,) = command.asked(("gguf:f32",))
+    gguf.write(folder(rope_parameters=scaled), tmp_path, wanted)
+    file = tmp_path / "model-f32.gguf"
+    with pytest.raises(SourceError, match=r"frequencies are scaled \(rope_freqs.weight\).* name the folder"):
+        dequantize(file, tmp_path / "out")
+    writer = GGUFWriter(tmp_path / "keys.gguf", "llama")
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(SourceError, match=r"\(llama.rope.scaling.type: linear, llama.rope.scaling.factor: 4.0\)"):
+        dequantize(tmp_path / "keys.gguf", tmp_path / "out")
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:300])
+    with pytest.raises(SourceError, match="not a whole GGUF file"):
+        dequantize(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_was_pruned_before_is_recovered_without_pruning(world: Path):
