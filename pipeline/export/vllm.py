@@ -23,9 +23,14 @@ CLASS = "DeciLMForCausalLM"
 
 def refusal(model: ModelFolder, config: VllmConfig) -> str | None:
     """Why vLLM cannot serve these widths, and the nearest it can; None where it can."""
-    if model.uniform:
-        return None
     layers = model.shape.layers
+    if model.uniform:
+        try:
+            if model.own:
+                hf.stock(model, layers[0])
+        except ValueError as error:
+            return f"{str(error).partition(';')[0]}; use hf:pad"
+        return None
     heads = [layer.groups * layer.heads for layer in layers]
     if len(set(heads)) > 1:
         found = ", ".join(str(count) for count in sorted(set(heads)))

@@ -134,6 +134,17 @@ def test_vllm_refuses_unequal_query_heads_and_names_the_nearest(folder: Any):
     assert f"padded to {max(heads)} heads" in vllm.refusal(model, config("vllm"))
 
 
+def test_vllm_refuses_layers_that_are_alike_and_of_no_stock_class(folder: Any, tmp_path: Path):
+    model = folder(pruning={"method": "flap", "ratio": 0.2, "shape": "free"})
+    assert model.uniform
+    assert model.name == "RegrowForCausalLM"
+    reason = vllm.refusal(model, config("vllm"))
+    assert reason == "6 heads do not divide 64, as LlamaConfig wants, and Mistral has no biases; use hf:pad"
+    (tmp_path / "out").mkdir()
+    assert export.load("hf").write(model, tmp_path / "out", config("hf:pad"))["class"] == "LlamaForCausalLM"
+    assert vllm.refusal(ModelFolder(tmp_path / "out"), config("vllm")) is None
+
+
 def test_layers_that_differ_beyond_llamas_are_refused_by_name(folder: Any):
     for kind, what in (("mistral", "a sliding window"), ("qwen2", "biases"), ("qwen3", "norms of q and k")):
         model = folder(kind, pruning=ENDS, sliding_window=16)
