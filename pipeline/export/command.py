@@ -13,7 +13,7 @@ from pipeline.export.config import ExportConfig, ExportOrName
 
 
 def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
-    """The exports that `--format` names. Raises ConfigError for a name that is none."""
+    """The exports that `--format` names. Raises ConfigError for a name that is none or stands twice."""
     found: list[ExportConfig] = []
     for name in formats:
         try:
@@ -21,6 +21,9 @@ def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(f"--format {name}: {message}") from error
+    labels = [config.label for config in found]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"--format: asked for twice: {', '.join(twice)}")
     return found
 
 
@@ -36,6 +39,8 @@ def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adap
     wanted = asked(formats)
     if not wanted:
         raise ConfigError("--format: name at least one, as in --format gguf:q8_0")
+    if adapter and not any(config.format == "peft" for config in wanted):
+        raise ConfigError("--adapter: only --format peft writes an adapter; add it, or export the merged folder")
     model = ModelFolder(folder, adapter)
     targets: list[tuple[ExportConfig, Path]] = []
     for config in wanted:
