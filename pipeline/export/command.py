@@ -8,7 +8,7 @@ from typing import Any
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.export.config import ExportConfig, ExportOrName
 
 
@@ -28,7 +28,8 @@ def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
 
 
 def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adapter: Path | None) -> dict[str, Any]:
-    """Export a model folder. Each export appears whole, or not at all. Returns path and report by format.
+    """Export a model folder. Each export appears whole, or not at all. Returns path and report by format. Raises
+    ConfigError for what is wrong beforehand, StageError for what shows as it is written and checked.
 
     `out` is the folder of one export, or the parent of several; by default the exports lie in the current folder.
     """
@@ -56,10 +57,11 @@ def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adap
         shutil.rmtree(work, ignore_errors=True)
         try:
             report = write(model, work, config, of_folder(folder))
-        except BaseException:
+            work.rename(target)
+        except ValueError as error:  # weights or an adapter that do not fit, in one line
+            raise StageError(f"export {config.label}: {error}") from error
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            raise
-        work.rename(target)
         done[config.label] = {"path": str(target), **report}
     return done
 

@@ -9,11 +9,13 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from gguf import GGUFWriter, RopeScalingType
+from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config_file import check
 from pipeline.errors import ConfigError, SourceError
 from pipeline.export import command, gguf
+from pipeline.export.lineage import of_folder
 from pipeline.gguf_folder import dequantize
 
 TEXTS = [f"the {a} {b} sees a {c}" for a in ["red", "blue"] for b in ["cat", "dog"] for c in ["bird", "tree", "house"]]
@@ -170,6 +172,43 @@ def test_what_cannot_be_asked_is_told_before_any_work(world: Path, words: tuple[
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (world / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "entries", "lost", "message"),
+    [
+        ("hf", {"num_key_value_heads": 3}, None, "num_attention_heads: 8 of layer 0 cannot be divided among"),
+        ("hf", {"vocab_size": None}, None, "config.json has no vocab_size"),
+        ("hf", {"intermediate_size": 80}, None, "do not fit each other: {'mismatched_keys'"),
+        ("hf", {}, "model.norm.weight", "do not fit each other: {'missing_keys': {'model.norm.weight'}}"),
+        ("gguf", {}, "model.norm.weight", "its safetensors files have no model.norm.weight"),
+        ("gguf", {"vocab_size": 397}, None, "the tokenizer has a token 399, and the embedding 397 rows"),
+        ("gguf", {}, "all", "not a whole safetensors file"),
+    ],
+    ids=str,
+)
+def test_a_broken_folder_is_told_in_one_line(
+    folder: Any, tmp_path: Path, form: str, entries: dict[str, Any], lost: str | None, message: str
+):
+    path = folder().path
+    said = {**json.loads((path / "config.json").read_text()), **entries}
+    (path / "config.json").write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    weights = load_file(path / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if name != lost}, path / "model.safetensors")
+    if lost == "all":
+        (path / "model.safetensors").write_bytes(b"none")
+    result = regrow("export", "--model", str(path), "--format", form, "-o", str(tmp_path / "out"))
+    assert message in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_artifact_that_was_copied_out_of_its_store_exports_without_lineage(folder: Any):
+    model = folder()
+    (model.path / "README.md").write_text("---\nlicense: mit\n---\n")
+    manifest = {"stage": "merge", "key": "k" * 64, "material": {"adapter": "a" * 64, "base": "b" * 64}}
+    (model.path.parent / "manifest.json").write_text(json.dumps(manifest))
+    assert of_folder(model.path) == {"licence": "mit"}
 
 
 @pytest.mark.parametrize(
