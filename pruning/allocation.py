@@ -102,8 +102,14 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
         heads = [group * layer.heads + head for group in groups for head in range(layer.heads)]
         layers.append(KeptLayer(index, ffn, groups, heads))
     left = shape.with_layers([layer.shape for layer in layers])
-    surplus, step = left.parameters() - target, half_a_step(shape, shares, config)
-    if last and surplus > max(TOLERANCE * shape.parameters(), step):
+    surplus, half = left.parameters() - target, max((cost for _, cost, *_ in order), default=0) / 2
+    slack = max(TOLERANCE * shape.parameters(), half_a_step(shape, shares, config))
+    if last and -surplus > max(slack, half):  # half a structure is what ranking itself may take too much
+        raise ValueError(
+            f"ratio: {config.ratio} cannot be reached with FFN channels rounded to {config.round_to}: {-surplus} "
+            "parameters too many would go; lower round_to"
+        )
+    if last and surplus > slack:
         rounded = f" (FFN channels rounded to {config.round_to})" if config.round_to > 1 else ""
         raise ValueError(
             f"ratio: {config.ratio} would leave layers empty: {surplus} parameters too many stay with one structure of "

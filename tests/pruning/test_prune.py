@@ -354,6 +354,13 @@ def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model
         prune(random_model(), None, settings)
 
 
+def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model: Any, ids: torch.Tensor):
+    settings = {"shape": "free", "allocation": "global", "structures": ("ffn",), "round_to": 64}
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match=r"rounded to 64: \d+ parameters too many would go; lower round_to"):
+            prune(random_model(intermediate_size=100), ids, config_of("random", ratio=0.01, steps=steps, **settings))
+
+
 def sizes(kind: str) -> list[int]:
     return {"hidden": [32], "layers": [4], "ffn": [48] * 4, "attention": [4] * 4, "heads": [8] * 4}[kind]
 
