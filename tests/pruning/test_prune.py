@@ -477,6 +477,8 @@ def test_added_biases_count_in_the_ratio(random_model: Any, ids: torch.Tensor, o
         ({"structures": ("layers",), "steps": 2}, "one step"),
         ({"structures": ("layers",), "compensation": "bias"}, "remove none"),
         ({"structures": ("hidden",), "taylor": "param_mix"}, "param_first or vectorize"),
+        ({"structures": ("hidden",), "shape": "free", "protect": {"last": 1}}, "protect: hidden channels go"),
+        ({"structures": ("hidden",), "shape": "free", "allocation": (1, 2)}, "allocation: hidden channels go"),
         ({"method": "wanda", "structures": ("hidden",)}, "structures"),
     ],
     ids=str,
