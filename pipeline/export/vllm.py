@@ -16,7 +16,7 @@ from pipeline.export import hf
 from pipeline.export.config import HfConfig, VllmConfig
 from pipeline.export.model_folder import ModelFolder
 
-VERSION = 1
+VERSION = 2
 NOT_RUN = "no vLLM ran on it: its keys follow vLLM's reader of block_configs, and transformers reads the same folder"
 CLASS = "DeciLMForCausalLM"
 
