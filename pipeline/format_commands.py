@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline import command_options
 from pipeline.errors import ConfigError
@@ -46,16 +47,20 @@ def add(main: click.Group, run_config: Callable[..., None]) -> None:
         **options: Any,
     ) -> None:
         """Write a config's model, or any model folder, in forms that other tools load, and check each."""
+        from pipeline import config_file
         from pipeline.export import command
 
         if (config is None) == (folder is None):
             raise ConfigError("give either a CONFIG or --model FOLDER")
+        _refuse_without_effect(folder is not None)
         if folder:
             done = command.export_folder(folder, formats, output, adapter)
             click.echo(json.dumps(done, indent=1)) if options["as_json"] else command.say(done)
             return
         assert config is not None
         overrides = (*options.pop("overrides"), *command.as_overrides(formats))
+        if not config_file.load(config, overrides).export:
+            raise ConfigError(f"{config}: export: nothing is asked for; give --format, or a list in the config")
         run_config(config, last="export", force="export" if force else None, overrides=overrides, **options)
 
     @main.command("unpickle")
@@ -71,3 +76,15 @@ def add(main: click.Group, run_config: Callable[..., None]) -> None:
 
         made = convert(file, output, tokenizer, allow_pickle)
         click.echo(f"{output}: {made['class']}, {made['parameters']:,} parameters")
+
+
+def _refuse_without_effect(of_folder: bool) -> None:
+    """Raise ConfigError for options of the running command that it would ignore: a folder's for a config, or a
+    config's for a folder."""
+    context = click.get_current_context()
+    ignored = ("force", "overrides", "store", "runs") if of_folder else ("adapter", "output")
+    for option in context.command.params:
+        given = option.name and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        if given and option.name in ignored:
+            kind, other = ("--model", "a CONFIG") if of_folder else ("a CONFIG", "--model FOLDER")
+            raise ConfigError(f"{option.opts[-1]} has no effect with {kind}; leave it out, or give {other} instead")

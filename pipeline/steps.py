@@ -149,11 +149,13 @@ def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any], statistic
     method = criteria.load(config.pruning.method)
     # Calibration text is part of the statistics' keys; here only what pruning itself runs on it counts.
     text = config.calibration if config.pruning.runs_on_text else None
-    # Only what adds biases has changed since version 2: they count in the ratio.
+    # Since version 2 only this has changed: added biases count in the ratio, and several steps end where one does.
     biased = {"bias_version": 2} if config.pruning.compensation.method == "bias" else {}
+    stepped = {"steps_version": 2} if config.pruning.steps > 1 else {}
     return {
         **_head("prune"),
         **biased,
+        **stepped,
         "method_version": method.VERSION,
         "config": config.pruning.model_dump(mode="json"),
         "calibration": rows.material(sources, text) if text else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
 from pruning.structures import Kept, KeptLayer, Scores
-from pruning.widths import TOLERANCE, half_a_step, left_of, plan_shapes, shares_of
+from pruning.widths import TOLERANCE, half_a_step, left_of, plan_step, shares_of
 
 
 def allocate(
@@ -21,12 +21,15 @@ def allocate(
     config: PruningConfig,
     target: int,
     whole: int | None = None,
+    final: int | None = None,
 ) -> Kept:
     """What stays of a model of shape `now` so that `target` parameters are left, of the `whole` model's so many.
 
-    Uniform shapes are planned from the `original` one, so that several steps end where one would. Raises ValueError,
-    naming the layer or the ratio, for scores that are not finite and ratios that cannot be reached.
+    `final`: what further steps shall leave, where others follow; it, not `target`, is held to the ratio. Uniform shapes
+    are planned from the `original` one, so that several steps end where one would. Raises ValueError, naming the layer
+    or the ratio, for scores that are not finite and ratios that cannot be reached.
     """
+    final = target if final is None else final
     for kind, tensors in scores.items():
         for index, values in enumerate(tensors):
             if bad := int((~torch.isfinite(values)).sum()):
@@ -35,8 +38,8 @@ def allocate(
     if "layers" in config.structures:
         return keep_layers(now, scores["layers"][0], config, now.parameters() - target)
     if config.allocation == "global":
-        return _rank_globally(now, scores, config, target)
-    shapes, hidden = plan_shapes(original, config, target, whole)
+        return _rank_globally(now, scores, config, target, target == final)
+    shapes, hidden = plan_step(original, now, config, target, final, whole)
     return _fill(now, shapes, hidden, scores)
 
 
@@ -64,8 +67,11 @@ def keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, surp
     return keep_all(shape, lowest_layers(scores, count, config))
 
 
-def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, target: int) -> Kept:
-    """The lowest structures of all unprotected layers go; the best of each kind stays in every layer."""
+def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, target: int, last: bool) -> Kept:
+    """The lowest structures of all unprotected layers go; the best of each kind stays in every layer.
+
+    What a step that is not the `last` misses its target by, the next makes up for.
+    """
     shares = shares_of(shape, config)
     order: list[tuple[float, int, int, str, int]] = []
     for index, layer in enumerate(shape.layers):
@@ -96,8 +102,14 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
         heads = [group * layer.heads + head for group in groups for head in range(layer.heads)]
         layers.append(KeptLayer(index, ffn, groups, heads))
     left = shape.with_layers([layer.shape for layer in layers])
-    surplus, step = left.parameters() - target, half_a_step(shape, shares, config)
-    if surplus > max(TOLERANCE * shape.parameters(), step):
+    surplus, half = left.parameters() - target, max((cost for _, cost, *_ in order), default=0) / 2
+    slack = max(TOLERANCE * shape.parameters(), half_a_step(shape, shares, config))
+    if last and -surplus > max(slack, half):  # half a structure is what ranking itself may take too much
+        raise ValueError(
+            f"ratio: {config.ratio} cannot be reached with FFN channels rounded to {config.round_to}: {-surplus} "
+            "parameters too many would go; lower round_to"
+        )
+    if last and surplus > slack:
         rounded = f" (FFN channels rounded to {config.round_to})" if config.round_to > 1 else ""
         raise ValueError(
             f"ratio: {config.ratio} would leave layers empty: {surplus} parameters too many stay with one structure of "

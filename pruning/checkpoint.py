@@ -41,9 +41,8 @@ def load(
     Raises ValueError when weights and config do not fit each other.
     """
     model_class: Any = own_class(folder) or AutoModelForCausalLM
-    model, info = model_class.from_pretrained(
-        folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-    )
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below, by name
+    model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True, **options)
     problems = {name: keys for name, keys in info.items() if keys and name != "error_msgs"}
     if problems:
         raise ValueError(f"{folder}: weights and config.json do not fit each other: {problems}")

@@ -120,15 +120,22 @@ class PruningConfig(Section):
             raise ValueError(f"structures: each kind once, not {', '.join(self.structures)}")
         if "layers" in self.structures and width:
             raise ValueError("structures: layers cannot stand beside widths; set depth: {layers: N} to cut both")
+        protected = self.protect.first or self.protect.last
+        listed = not isinstance(self.allocation, str)
+        if width == ["hidden"] and (listed or (protected and not self.depth)):
+            raise ValueError(
+                f"{'allocation' if listed else 'protect'}: hidden channels go from all layers alike, so it has no "
+                "effect; leave it out, or add ffn to structures"
+            )
         if self.shape == "uniform" and width:
-            if self.protect.first or self.protect.last:
+            if protected:
                 raise ValueError(
                     "protect: protected layers keep their width, which makes the model non-uniform; "
                     "set shape: free, or protect to nothing"
                 )
             if self.allocation != "uniform":
                 raise ValueError("allocation: layers of different widths make the model non-uniform; set shape: free")
-        differing = self.allocation != "uniform" or self.protect.first or self.protect.last
+        differing = self.allocation != "uniform" or protected
         if self.shape == "vllm" and differing:
             if set(self.structures) & {"attention", "heads"}:
                 raise ValueError(
@@ -141,7 +148,7 @@ class PruningConfig(Section):
                 )
         if self.allocation == "global" and (other := set(self.structures) - {"ffn", "attention"}):
             raise ValueError(f"allocation: global ranks ffn and attention structures, not {', '.join(sorted(other))}")
-        if self.depth and not isinstance(self.allocation, str):
+        if self.depth and listed:
             raise ValueError(
                 "allocation: a list of shares cannot stand beside depth: which layers stay is not known yet"
             )

@@ -71,10 +71,12 @@ def prune(
             shape = planned = _start(original, staying, config, goal)
         scores = _scores(model, statistics, config, staying)
         target_now = planned.parameters() - round((planned.parameters() - goal) * (step + 1) / config.steps)
-        found = allocate(planned, shape, scores, config, target_now, before)
+        found = allocate(planned, shape, scores, config, target_now, before, goal)
         found = Kept([_renumbered(layer, staying) for layer in found.layers], found.hidden)
         ids = input_ids if compensation_ids is None else compensation_ids
-        model = cut_with(model, found, config, statistics, ids, progress)
+        # Between steps any class will do: heads that no stock one takes may be gone at the end.
+        built = config if step + 1 == config.steps else config.model_copy(update={"shape": "free"})
+        model = cut_with(model, found, built, statistics, ids, progress)
         kept, shape, statistics = _composed(kept, found), architecture(model), None
     after = count_parameters(model)
     report = {

@@ -11,7 +11,7 @@ are not cut at all keep the width they have.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
@@ -28,6 +28,33 @@ def plan_shapes(
     what could be reached where that is further than half a percent of the model off.
     """
     shares = shares_of(shape, config)
+    layers, hidden, fraction = _nearest(shape, shares, config, target)
+    _check(shape, shape.with_layers(layers, hidden), shares, config, target, whole or shape.parameters(), fraction)
+    return layers, hidden
+
+
+def plan_step(
+    shape: Architecture, now: Architecture, config: PruningConfig, target: int, final: int, whole: int | None = None
+) -> tuple[list[LayerShape], int]:
+    """The same after one of several steps, of a model of shape `now` from which `final` parameters shall stay.
+
+    Where one more group goes, FFN channels that make up the rest would come back, and what was cut cannot. So a step
+    takes the widths nearest to its own target, but none that is wider than now or narrower than in the end; only the
+    end is held to the ratio, and the last step is there exactly.
+    """
+    ends, end = plan_shapes(shape, config, final, whole)
+    nearest, hidden, _ = _nearest(shape, shares_of(shape, config), config, target)
+    layers = [
+        LayerShape(*(min(most, max(wanted, least)) for most, wanted, least in zip(*map(astuple, three), strict=True)))
+        for three in zip(now.layers, nearest, ends, strict=True)
+    ]
+    return layers, min(now.hidden, max(hidden, end))
+
+
+def _nearest(
+    shape: Architecture, shares: list[float], config: PruningConfig, target: int
+) -> tuple[list[LayerShape], int, float]:
+    """Layers and hidden size whose parameters come nearest to `target`, and the fraction of the widths that goes."""
 
     def scaled(fraction: float, rounded: bool) -> tuple[list[LayerShape], int]:
         cut_hidden = "hidden" in config.structures
@@ -50,8 +77,7 @@ def plan_shapes(
 
         fraction = _bisect(lambda value: shape.with_layers(refined(value), hidden).parameters(), target)
         layers = refined(fraction)
-    _check(shape, shape.with_layers(layers, hidden), shares, config, target, whole or shape.parameters(), fraction)
-    return layers, hidden
+    return layers, hidden, fraction
 
 
 def _check(

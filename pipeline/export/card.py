@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.export.config import ExportConfig, GgufConfig, PeftConfig, QuantizedConfig, VllmConfig
+from pruning.config import SERVED
 
 Lineage = dict[str, Any]
 
@@ -127,7 +128,7 @@ def _loading(config: ExportConfig, report: dict[str, Any]) -> list[str]:
             f"{padding['parameters']:,} parameters to {padding['parameters_padded']:,} ({padding['larger_by']:+.1%})"
         )
         lines += ["", f"Padded with zeros from {sizes}: the same function, at the size and speed of the latter."]
-    if not isinstance(config, QuantizedConfig):
+    if written.get("class") in SERVED:
         lines += ["", "llama.cpp: export it with `regrow export --model THIS_FOLDER --format gguf`."]
     return lines
 

@@ -8,12 +8,12 @@ from typing import Any
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.export.config import ExportConfig, ExportOrName
 
 
 def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
-    """The exports that `--format` names. Raises ConfigError for a name that is none."""
+    """The exports that `--format` names. Raises ConfigError for a name that is none or stands twice."""
     found: list[ExportConfig] = []
     for name in formats:
         try:
@@ -21,11 +21,15 @@ def asked(formats: tuple[str, ...]) -> list[ExportConfig]:
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(f"--format {name}: {message}") from error
+    labels = [config.label for config in found]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"--format: asked for twice: {', '.join(twice)}")
     return found
 
 
 def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adapter: Path | None) -> dict[str, Any]:
-    """Export a model folder. Each export appears whole, or not at all. Returns path and report by format.
+    """Export a model folder. Each export appears whole, or not at all. Returns path and report by format. Raises
+    ConfigError for what is wrong beforehand, StageError for what shows as it is written and checked.
 
     `out` is the folder of one export, or the parent of several; by default the exports lie in the current folder.
     """
@@ -36,6 +40,8 @@ def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adap
     wanted = asked(formats)
     if not wanted:
         raise ConfigError("--format: name at least one, as in --format gguf:q8_0")
+    if adapter and not any(config.format == "peft" for config in wanted):
+        raise ConfigError("--adapter: only --format peft writes an adapter; add it, or export the merged folder")
     model = ModelFolder(folder, adapter)
     targets: list[tuple[ExportConfig, Path]] = []
     for config in wanted:
@@ -51,10 +57,11 @@ def export_folder(folder: Path, formats: tuple[str, ...], out: Path | None, adap
         shutil.rmtree(work, ignore_errors=True)
         try:
             report = write(model, work, config, of_folder(folder))
-        except BaseException:
+            work.rename(target)
+        except ValueError as error:  # weights or an adapter that do not fit, in one line
+            raise StageError(f"export {config.label}: {error}") from error
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            raise
-        work.rename(target)
         done[config.label] = {"path": str(target), **report}
     return done
 

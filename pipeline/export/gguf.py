@@ -18,7 +18,7 @@ from pipeline.export import gguf_tokenizer
 from pipeline.export.config import GgufConfig
 from pipeline.export.model_folder import ModelFolder
 
-VERSION = 1
+VERSION = 2
 ROTATED_BY_HALVES = ("qwen2", "qwen3")
 BLOCK = 32
 FINEST_ENDS = "q8_0"  # embedding and head under a 4-bit type
@@ -153,8 +153,7 @@ def write(model: ModelFolder, out: Path, config: GgufConfig) -> dict[str, Any]:
             values = interleaved(values, tensor.heads)
         writer.write_tensor_data(quantize(values.numpy(), GGMLQuantizationType[tensor.type.upper()]))
     writer.close()
-    asked = config.type
-    coarser = [t for t in tensors if len(t.shape) == 2 and t.type != asked and t.ours not in ENDS]
+    coarser = [t for t in tensors if len(t.shape) == 2 and t.type != _type(config, t.ours, BLOCK)]
     fallback = [f"{t.theirs}: {t.type} (width {t.shape[1]} is no multiple of {BLOCK})" for t in coarser]
     return {"file": file.name, "architecture": architecture(model), "fallback": fallback}
 

@@ -26,9 +26,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 def refusal(model: ModelFolder) -> str | None:
     """Why llama.cpp cannot tokenize as this folder's tokenizer does, or None."""
     try:
-        _read(model.path)
+        tokenizer, _ = _read(model.path)
     except ValueError as error:
         return str(error)
+    if (highest := max(tokenizer.get_vocab().values())) >= model.shape.vocabulary:
+        return (
+            f"the tokenizer has a token {highest}, and the embedding {model.shape.vocabulary} rows; put the model's "
+            "own tokenizer into the folder, or take the tokens without a row out of it"
+        )
     return None
 
 

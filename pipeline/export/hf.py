@@ -53,14 +53,12 @@ def write(model: ModelFolder, out: Path, config: HfConfig) -> dict[str, Any]:
 def _write_config(model: ModelFolder, out: Path, padded: LayerShape | None) -> str:
     """`config.json`, and the modeling file where it takes one. Returns the class."""
     from pruning import modeling_regrow
-    from pruning.surgery import target
 
     said = dict(model.said)
     shape = padded or (model.shape.layers[0] if model.own and model.uniform else None)
     if shape:
-        count = len(model.shape.layers)
         try:
-            made, made_class = target(model.name, said, [shape] * count, list(range(count)), model.shape.hidden)
+            made, made_class = stock(model, shape)
             made.architectures, made.dtype = [made_class.__name__], said.get("dtype")
             made.save_pretrained(out)
             return made_class.__name__
@@ -75,6 +73,14 @@ def _write_config(model: ModelFolder, out: Path, padded: LayerShape | None) -> s
         shutil.copyfile(modeling_regrow.__file__, out / "modeling_regrow.py")
     (out / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
     return model.name
+
+
+def stock(model: ModelFolder, shape: LayerShape) -> tuple[Any, Any]:
+    """Config and stock class of the model where every layer has this shape. Raises ValueError where none holds it."""
+    from pruning.surgery import target
+
+    count = len(model.shape.layers)
+    return target(model.name, model.said, [shape] * count, list(range(count)), model.shape.hidden)
 
 
 def check(model: ModelFolder, out: Path, config: HfConfig, ids: list[int] | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ LINEAGE = "regrow.json"
 
 def of_folder(folder: Path) -> dict[str, Any]:
     """The lineage of a model folder: of an export (its regrow.json), or of a stage's artifact (the manifests of its
-    store). A folder that regrow did not make has only its licence, if its README says one."""
+    store). A folder that regrow did not make, or that was copied out of its store, has only its licence, if its README
+    says one."""
     if (folder / LINEAGE).is_file():
         return json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
     manifest = folder.parent / "manifest.json"
     found: dict[str, Any] = {}
     if folder.name == "model" and manifest.is_file():
-        found = of_artifact(json.loads(manifest.read_text(encoding="utf-8")), folder.resolve().parents[2])
+        with suppress(FileNotFoundError):
+            found = of_artifact(json.loads(manifest.read_text(encoding="utf-8")), folder.resolve().parents[2])
     licence = licence_of(folder)
     return {**found, **({"licence": licence} if licence else {})}
 

@@ -51,7 +51,13 @@ class ModelFolder:
 
     @cached_property
     def shape(self) -> Architecture:
-        return Architecture.read(self.said)
+        """Raises ConfigError where config.json lacks an entry, or contradicts itself."""
+        try:
+            return Architecture.read(self.said)
+        except KeyError as error:
+            raise ConfigError(f"{self.path}: config.json has no {error.args[0]}, which its shape hangs on") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}") from error
 
     @property
     def uniform(self) -> bool:
@@ -60,21 +66,26 @@ class ModelFolder:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Which safetensors file holds each tensor."""
-        from safetensors import safe_open
+        """Which safetensors file holds each tensor. Raises ConfigError where there is none, or one that is broken."""
+        from safetensors import SafetensorError, safe_open
 
         found: dict[str, Path] = {}
         for file in sorted(self.path.glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
+            try:
+                with safe_open(file, "pt") as tensors:
+                    found |= dict.fromkeys(tensors.keys(), file)
+            except SafetensorError as error:
+                raise ConfigError(f"{file}: not a whole safetensors file: {error}") from error
         if not found:
             raise ConfigError(f"{self.path}: no .safetensors weights; regrow unpickles nothing")
         return found
 
     def tensor(self, name: str) -> Any:
-        """A torch tensor, as saved."""
+        """A torch tensor, as saved. Raises ConfigError where the folder has none of that name."""
         from safetensors import safe_open
 
+        if name not in self.files:
+            raise ConfigError(f"{self.path}: its safetensors files have no {name}, which config.json asks for")
         with safe_open(self.files[name], "pt") as tensors:
             return tensors.get_tensor(name)
 

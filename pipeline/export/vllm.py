@@ -16,16 +16,21 @@ from pipeline.export import hf
 from pipeline.export.config import HfConfig, VllmConfig
 from pipeline.export.model_folder import ModelFolder
 
-VERSION = 1
+VERSION = 2
 NOT_RUN = "no vLLM ran on it: its keys follow vLLM's reader of block_configs, and transformers reads the same folder"
 CLASS = "DeciLMForCausalLM"
 
 
 def refusal(model: ModelFolder, config: VllmConfig) -> str | None:
     """Why vLLM cannot serve these widths, and the nearest it can; None where it can."""
-    if model.uniform:
-        return None
     layers = model.shape.layers
+    if model.uniform:
+        try:
+            if model.own:
+                hf.stock(model, layers[0])
+        except ValueError as error:
+            return f"{str(error).partition(';')[0]}; use hf:pad"
+        return None
     heads = [layer.groups * layer.heads for layer in layers]
     if len(set(heads)) > 1:
         found = ", ".join(str(count) for count in sorted(set(heads)))

@@ -21,9 +21,9 @@ def check_package(config: ExportConfig) -> None:
 
 
 def refuse(model: ModelFolder, config: ExportConfig) -> None:
-    """Raise ConfigError where a package is missing, there is no LLaMA-like model, or the format cannot hold it."""
+    """Raise ConfigError where a package is missing, no whole LLaMA-like model is there, or no such form can hold it."""
     check_package(config)
-    _ = model.said
+    _ = model.shape, model.files
     if reason := export.load(config.format).refusal(model, config):
         raise ConfigError(f"export {config.label}: {reason}")
 

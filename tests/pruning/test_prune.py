@@ -23,7 +23,7 @@ from pruning.config import PruningConfig
 from pruning.prune import PruneResult, foresee, prune
 from pruning.statistics import measure
 from pruning.structures import NORMS, count_parameters, decoder_layers
-from pruning.widths import plan_shapes
+from pruning.widths import plan_shapes, plan_step
 
 
 def config_of(method: str = "llm_pruner", **options: Any) -> PruningConfig:
@@ -354,6 +354,13 @@ def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model
         prune(random_model(), None, settings)
 
 
+def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model: Any, ids: torch.Tensor):
+    settings = {"shape": "free", "allocation": "global", "structures": ("ffn",), "round_to": 64}
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match=r"rounded to 64: \d+ parameters too many would go; lower round_to"):
+            prune(random_model(intermediate_size=100), ids, config_of("random", ratio=0.01, steps=steps, **settings))
+
+
 def sizes(kind: str) -> list[int]:
     return {"hidden": [32], "layers": [4], "ffn": [48] * 4, "attention": [4] * 4, "heads": [8] * 4}[kind]
 
@@ -406,10 +413,41 @@ def test_structures_are_written_in_the_original_numbering(random_model: Any, ids
     assert [head // 2 for head in layer["heads"]["kept"][::2]] == layer["attention"]["kept"]
 
 
-def test_several_steps_end_in_the_shape_of_one(random_model: Any, ids: torch.Tensor):
-    one, three = (prune(random_model(), ids, config_of(steps=steps, ratio=0.3)) for steps in (1, 3))
-    assert one.report["layers"] == three.report["layers"]
-    assert one.kept != three.kept
+@pytest.mark.parametrize(
+    ("shape", "options", "steps"),
+    [
+        ({}, {"ratio": 0.3}, 3),
+        # A step that takes two of three groups at once would need FFN channels that are cut already.
+        ({"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 192},
+         {"ratio": 0.15}, 4),
+        ({}, {"structures": ("attention",)}, 2),  # one group, of which no step can take half
+        ({}, {"structures": ("attention",), "shape": "free", "allocation": "global"}, 9),
+        ({}, {"ratio": 0.4, "method": "flap"}, 2),  # by way of 6 heads with biases, which no stock class takes
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_steps_end_where_one_would(
+    random_model: Any, ids: torch.Tensor, shape: dict[str, Any], options: dict[str, Any], steps: int
+):
+    options = {"ratio": removed(random_model(**shape), groups=1), **options}
+    one, more = (prune(random_model(**shape), ids, config_of(steps=number, **options)) for number in (1, steps))
+    assert one.report["ratio_reached"] == more.report["ratio_reached"] == pytest.approx(options["ratio"], abs=0.005)
+    assert one.report["layers"] == more.report["layers"] or options.get("allocation") == "global"
+
+
+@pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden", "ffn")])
+def test_no_step_plans_what_an_earlier_one_has_cut(structures: tuple[str, ...]):
+    whole, config = SMOL.parameters(), config_of(structures=structures)
+    for ratio, steps in ((0.15, 4), (0.2, 8), (0.3, 5), (0.5, 8)):
+        final, now = round((1 - ratio) * whole), SMOL
+        for step in range(steps):
+            target = whole - round((whole - final) * (step + 1) / steps)
+            layers, hidden = plan_step(SMOL, now, config, target, final)
+            assert hidden <= now.hidden
+            assert layers[0].ffn <= now.layers[0].ffn
+            assert layers[0].groups * layers[0].heads <= now.layers[0].groups * now.layers[0].heads
+            now = SMOL.with_layers(layers, hidden)
+        assert (list(now.layers), now.hidden) == plan_shapes(SMOL, config, final)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +477,8 @@ def test_added_biases_count_in_the_ratio(random_model: Any, ids: torch.Tensor, o
         ({"structures": ("layers",), "steps": 2}, "one step"),
         ({"structures": ("layers",), "compensation": "bias"}, "remove none"),
         ({"structures": ("hidden",), "taylor": "param_mix"}, "param_first or vectorize"),
+        ({"structures": ("hidden",), "shape": "free", "protect": {"last": 1}}, "protect: hidden channels go"),
+        ({"structures": ("hidden",), "shape": "free", "allocation": (1, 2)}, "allocation: hidden channels go"),
         ({"method": "wanda", "structures": ("hidden",)}, "structures"),
     ],
     ids=str,

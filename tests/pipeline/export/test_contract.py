@@ -94,6 +94,9 @@ def test_a_plan_says_what_each_tool_could_load(folder: Any, tmp_path: Path):
     assert found["llama.cpp"] == "as deci"
     assert "trust_remote_code" in found["transformers"]
     assert "query heads" in found["vLLM"]
+    biased = {"method": "flap", "ratio": 0.2, "shape": "free", "calibration": {"source": "path:x", "field": "text"}}
+    found = targets(checked({**raw, "pruning": biased}, "x.yaml"), Sources(Store(tmp_path / "store"), {}))
+    assert found["vLLM"] == "6 heads do not divide 64, as LlamaConfig wants, and Mistral has no biases; use hf:pad"
     stock = checked({**raw, "pruning": {"method": "magnitude", "ratio": 0.2}}, "x.yaml")
     found = targets(stock, Sources(Store(tmp_path / "store"), {}))
     assert found == {"transformers": "stock MistralForCausalLM", "llama.cpp": "as llama", "vLLM": "stock"}

@@ -77,6 +77,16 @@ def test_quantized_types_name_what_stayed_16_bit(folder: Any, tmp_path: Path):
     assert kinds["output_norm.weight"] == "F32"
 
 
+def test_what_stayed_16_bit_includes_embedding_and_head(folder: Any, tmp_path: Path):
+    def fallback(hidden: int) -> list[str]:
+        model = folder(hidden_size=hidden)
+        return export.load("gguf").write(model, tmp_path, config("gguf:q4_1"))["fallback"]
+
+    ends = [f"{name}.weight: f16 (width 80 is no multiple of 32)" for name in ("token_embd", "output")]
+    assert fallback(80)[:2] == ends
+    assert fallback(64) == []  # there they have the 8 bits that are meant for them
+
+
 def test_rows_are_interleaved_inside_each_head():
     rows = torch.arange(8)[:, None]  # two heads of four: halves 0 1 | 2 3 and 4 5 | 6 7
     assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -121,6 +131,7 @@ def test_vllm_gets_block_configs_or_a_reason(folder: Any, tmp_path: Path):
     assert not {"intermediate_size", "num_key_value_heads", "per_layer_config"} & said.keys()
     assert report["check"]["largest_logit_difference"] == 0.0
     assert "no vLLM ran" in report["check"]["vllm"]
+    assert "--format gguf" not in (tmp_path / "out/README.md").read_text()  # regrow does not read DeciLM's folder
     loaded: Any = DeciLMForCausalLM.from_pretrained(tmp_path / "out")
     loaded.set_attn_implementation("eager")  # after loading: only eager layers have weights to show
     shown = loaded(input_ids=torch.tensor([[5, 6, 7]]), output_attentions=True).attentions
@@ -132,6 +143,17 @@ def test_vllm_refuses_unequal_query_heads_and_names_the_nearest(folder: Any):
     heads = {layer.groups * layer.heads for layer in model.shape.layers}
     assert len(heads) > 1
     assert f"padded to {max(heads)} heads" in vllm.refusal(model, config("vllm"))
+
+
+def test_vllm_refuses_layers_that_are_alike_and_of_no_stock_class(folder: Any, tmp_path: Path):
+    model = folder(pruning={"method": "flap", "ratio": 0.2, "shape": "free"})
+    assert model.uniform
+    assert model.name == "RegrowForCausalLM"
+    reason = vllm.refusal(model, config("vllm"))
+    assert reason == "6 heads do not divide 64, as LlamaConfig wants, and Mistral has no biases; use hf:pad"
+    (tmp_path / "out").mkdir()
+    assert export.load("hf").write(model, tmp_path / "out", config("hf:pad"))["class"] == "LlamaForCausalLM"
+    assert vllm.refusal(ModelFolder(tmp_path / "out"), config("vllm")) is None
 
 
 def test_layers_that_differ_beyond_llamas_are_refused_by_name(folder: Any):
@@ -180,7 +202,9 @@ def test_a_copy_loads_with_all_its_files(folder: Any, tmp_path: Path):
     (model.path / "README.md").write_text("---\nlicense: mit\n---\nold card")
     done = command.export_folder(model.path, ("hf",), tmp_path / "out", None)
     assert (tmp_path / "out/LICENSE").read_text() == "be kind"
-    assert (tmp_path / "out/README.md").read_text().startswith("---\nlicense: mit\n")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n")
+    assert "--format gguf" in card
     assert json.loads((tmp_path / "out/regrow.json").read_text())["export"]["check"] == done["hf"]["check"]
     first, second = (AutoModelForCausalLM.from_pretrained(place) for place in (model.path, tmp_path / "out"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from gguf import GGUFWriter, RopeScalingType
+from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config_file import check
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError
+from pipeline.export import command, gguf
+from pipeline.export.lineage import of_folder
+from pipeline.gguf_folder import dequantize
 
 TEXTS = [f"the {a} {b} sees a {c}" for a in ["red", "blue"] for b in ["cat", "dog"] for c in ["bird", "tree", "house"]]
 
@@ -102,6 +107,28 @@ def test_a_gguf_file_is_a_source_like_the_folder_it_was_made_of(world: Path):
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
+def test_a_gguf_file_that_would_be_read_as_another_model_is_refused(folder: Any, tmp_path: Path):
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    (wanted,) = command.asked(("gguf:f32",))
+    gguf.write(folder(rope_parameters=scaled), tmp_path, wanted)
+    file = tmp_path / "model-f32.gguf"
+    with pytest.raises(SourceError, match=r"frequencies are scaled \(rope_freqs.weight\).* name the folder"):
+        dequantize(file, tmp_path / "out")
+    writer = GGUFWriter(tmp_path / "keys.gguf", "llama")
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(SourceError, match=r"\(llama.rope.scaling.type: linear, llama.rope.scaling.factor: 4.0\)"):
+        dequantize(tmp_path / "keys.gguf", tmp_path / "out")
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:300])
+    with pytest.raises(SourceError, match="not a whole GGUF file"):
+        dequantize(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_was_pruned_before_is_recovered_without_pruning(world: Path):
     config = yaml.safe_load((world / "run.yaml").read_text())
     config["pruning"] |= {"shape": "free", "protect": {"first": 1, "last": 0}}
@@ -128,6 +155,14 @@ def test_a_model_that_was_pruned_before_is_recovered_without_pruning(world: Path
         (("export", "--model", "nowhere", "--format", "hf"), "not a model folder"),
         (("export", "--model", "model", "--format", "peft"), "there is no adapter to export"),
         (("export", "run.yaml", "--format", "hf:padded"), "hf takes nothing after a colon but pad"),
+        (("export", "run.yaml", "--format", "gguf", "--format", "gguf:f16"), "--format: asked for twice: gguf-f16"),
+        (("export", "--model", "model", "--format", "hf", "--format", "hf"), "--format: asked for twice: hf"),
+        (("export", "--model", "model", "--format", "hf", "--adapter", "x"), "only --format peft writes an adapter"),
+        (("export", "--model", "model", "--format", "hf", "--force"), "--force has no effect with --model"),
+        (("export", "--model", "model", "--format", "hf", "--set", "seed=1"), "--set has no effect with --model"),
+        (("export", "run.yaml", "--adapter", "x"), "--adapter has no effect with a CONFIG"),
+        (("export", "run.yaml", "-o", "x"), "--output has no effect with a CONFIG"),
+        (("export", "run.yaml", "--set", "export=[]"), "run.yaml: export: nothing is asked for; give --format"),
     ],
     ids=str,
 )
@@ -137,6 +172,43 @@ def test_what_cannot_be_asked_is_told_before_any_work(world: Path, words: tuple[
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (world / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "entries", "lost", "message"),
+    [
+        ("hf", {"num_key_value_heads": 3}, None, "num_attention_heads: 8 of layer 0 cannot be divided among"),
+        ("hf", {"vocab_size": None}, None, "config.json has no vocab_size"),
+        ("hf", {"intermediate_size": 80}, None, "do not fit each other: {'mismatched_keys'"),
+        ("hf", {}, "model.norm.weight", "do not fit each other: {'missing_keys': {'model.norm.weight'}}"),
+        ("gguf", {}, "model.norm.weight", "its safetensors files have no model.norm.weight"),
+        ("gguf", {"vocab_size": 397}, None, "the tokenizer has a token 399, and the embedding 397 rows"),
+        ("gguf", {}, "all", "not a whole safetensors file"),
+    ],
+    ids=str,
+)
+def test_a_broken_folder_is_told_in_one_line(
+    folder: Any, tmp_path: Path, form: str, entries: dict[str, Any], lost: str | None, message: str
+):
+    path = folder().path
+    said = {**json.loads((path / "config.json").read_text()), **entries}
+    (path / "config.json").write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    weights = load_file(path / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if name != lost}, path / "model.safetensors")
+    if lost == "all":
+        (path / "model.safetensors").write_bytes(b"none")
+    result = regrow("export", "--model", str(path), "--format", form, "-o", str(tmp_path / "out"))
+    assert message in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_artifact_that_was_copied_out_of_its_store_exports_without_lineage(folder: Any):
+    model = folder()
+    (model.path / "README.md").write_text("---\nlicense: mit\n---\n")
+    manifest = {"stage": "merge", "key": "k" * 64, "material": {"adapter": "a" * 64, "base": "b" * 64}}
+    (model.path.parent / "manifest.json").write_text(json.dumps(manifest))
+    assert of_folder(model.path) == {"licence": "mit"}
 
 
 @pytest.mark.parametrize(
