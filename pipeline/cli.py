@@ -243,12 +243,16 @@ def verify_command(key: str | None, store: Path) -> None:
 
 @main.command("gc")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--vanished", is_flag=True, help="Also what only runs used whose folder is not there any more.")
 @command_options.store
-def gc_command(dry_run: bool, store: Path) -> None:
-    """Remove what no run folder uses any more, and what dead processes left behind."""
+def gc_command(dry_run: bool, vanished: bool, store: Path) -> None:
+    """Remove what no run uses any more, and what dead processes left behind."""
     from pipeline.store import Store
 
-    removed = Store(store).collect(dry_run)
+    shelf = Store(store)
+    for folder in [] if vanished else shelf.vanished():
+        click.echo(f"{folder} is not there (deleted, or moved?): what that run used is kept; --vanished removes it")
+    removed = shelf.collect(dry_run, vanished)
     for folder, size in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size / 1e6:.1f} MB)")
     click.echo(f"{len(removed)} folders, {sum(size for _, size in removed) / 1e6:.1f} MB")

@@ -13,8 +13,7 @@ import yaml
 from pipeline import events, preflight, processes, provenance, report
 from pipeline.config import RunConfig
 from pipeline.console import Reporter
-from pipeline.errors import RegrowError, StageError
-from pipeline.keys import KEY_LENGTH
+from pipeline.errors import ConfigError, RegrowError, StageError
 from pipeline.plan import Planned, plan, until
 from pipeline.sources import Sources
 from pipeline.steps import Step, steps_of
@@ -70,27 +69,32 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     if run.config.runtime.tensorboard:
         events.check()
     sources = run.sources()
-    steps = until(steps_of(run.config, sources), last)
+    every = steps_of(run.config, sources)
+    steps = until(every, last)
+    stages = dict.fromkeys(step.stage for step in steps)
+    if force and force not in stages:
+        raise ConfigError(f"--force {force}: there is no such stage in this run, which has {', '.join(stages)}")
+    used = {f"{step.stage}/{step.key}" for step in every} | sources.used
     planned = plan(steps, run.store, run.folder, force)
     missing = [item for item in planned if item.status == "build"]
     statuses = {item.step.label: "cached" for item in planned}
     _warn_of_drift(run, planned)
     if missing:
         preflight.check(run.config, [item.step for item in missing], sources)
-        statuses |= _build(run, missing, sources)
+        statuses |= _build(run, missing, sources, used)
     results = report.collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
     _write_events(run, steps, statuses)
-    run.store.keep(run.folder, _used(steps, sources))
+    run.store.keep(run.folder, used)
     return results
 
 
-def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]:
+def _build(run: Run, missing: list[Planned], sources: Sources, used: set[str]) -> dict[str, str]:
     from pipeline.stages import Runner, prepare
 
     prepare(run.config.runtime)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.store.keep(run.folder, _used([item.step for item in missing], sources))  # before `gc` could take them
+    run.store.keep(run.folder, used, finished=False)  # before `gc` could take what they rest on
     runner = Runner(run.config, sources, run.store, shown=run.folder)
     statuses: dict[str, str] = {}
     for item in missing:
@@ -113,10 +117,8 @@ def _build_one(run: Run, runner: "Runner", step: Step, force: bool) -> str:
     except (RegrowError, KeyboardInterrupt):
         raise
     except Exception as error:
-        log = run.store.root / ".logs" / f"{step.stage}-{step.key}.txt"
-        write_text(log, traceback.format_exc())
-        reason = str(error).strip() or type(error).__name__
-        raise StageError(f"{step.label} failed: {reason}\n(the traceback is in {log})") from error
+        reason = run.store.explain(f"{step.stage}-{step.key}", error)
+        raise StageError(f"{step.label} failed: {reason}") from error
     return status
 
 
@@ -126,10 +128,6 @@ def _method(config: RunConfig, step: Step) -> ModuleType | None:
     if step.stage == "recover" and config.recovery:
         return adapters.load(config.recovery.adapter.method)
     return None
-
-
-def _used(steps: list[Step], sources: Sources) -> set[str]:
-    return {f"{step.stage}/{step.key[:KEY_LENGTH]}" for step in steps} | sources.used
 
 
 def _warn_of_drift(run: Run, planned: list[Planned]) -> None:

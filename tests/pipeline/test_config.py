@@ -24,7 +24,8 @@ def steps(path: Path, *overrides: str, store: Path) -> list[Step]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.hub.commit", lambda spec, name, revision, kind: "0" * 40)
+    asked: list[tuple[str, str, str]] = []
+    monkeypatch.setattr("pipeline.hub.commit", lambda spec, *what: asked.append(what) or "0" * 40)
     config = config_file.load(path)
     assert config.name == path.stem
     text = path.read_text(encoding="utf-8")
@@ -33,6 +34,7 @@ def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, mon
     overrides = [value for flag, value in itertools.pairwise(advised) if flag == "--set"]
     assert config_file.load(path, overrides) != config
     found = steps(path, store=tmp_path)
+    assert len(asked) == len(set(asked))
     labels = [step.label for step in found]
     scored = len(config.evaluation.suites) + len(config.evaluation.perplexity)
     measured = [f"statistics {part.name}" for part in criteria.statistics(config.pruning)] if config.pruning else []

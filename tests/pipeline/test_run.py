@@ -238,6 +238,9 @@ def test_until_and_force(world: Path):
     run()
     forced = {label for label, status in statuses(run("--force", "merge")).items() if status == "built"}
     assert forced == {"merge", "evaluate recovered piqa", "evaluate recovered text"}
+    for words in (("--force", "export"), ("--until", "prune", "--force", "recover")):
+        nothing = regrow("run", "run.yaml", *words)
+        assert (nothing.exit_code, "no such stage in this run, which has statistics" in nothing.stderr) == (2, True)
 
 
 def test_show_verify_report_and_gc(world: Path):
@@ -352,11 +355,13 @@ def test_a_failed_stage_exits_with_1_and_its_finished_neighbours_stay(world: Pat
 
     import pipeline.recovering
 
+    run("--until", "prune")
     monkeypatch.setattr(pipeline.recovering, "train", fail)
     result = regrow("run", "run.yaml")
     assert result.exit_code == 1
     assert "recover failed: the loss is nan at step 3" in result.stderr
     assert "Traceback" not in result.output
+    assert regrow("gc").stdout == "0 folders, 0.0 MB\n"  # neither what it found cached nor its scratch
     monkeypatch.undo()
     monkeypatch.chdir(world)
     found = statuses(run())
