@@ -89,7 +89,11 @@ def test_any_architecture_is_scored_and_mistakes_are_told(folder: Path, tiny_tok
         (("one",), "nothing to score; give --suite"),
         (("one", "--suite", "piqua=path:piqa.jsonl"), "did you mean 'piqa'"),
         (("nowhere", "--suite", "piqa"), "no such folder or config"),
-        (("some.yaml", "--suite", "piqa"), "names its suites itself"),
+        (("some.yaml", "--suite", "piqa"), "it says evaluation.suites itself, which --set changes"),
+        (("some.yaml", "--no-bos"), "--bos/--no-bos goes with a model; some.yaml is a config"),
+        (("some.yaml", "--limit", "5"), "evaluation.limit"),
+        (("some.yaml", "--dtype", "float16"), "model.dtype"),
+        (("some.yaml", "--device", "cpu"), "runtime.device"),
         (("one", "--suite", "piqa=path:bad.jsonl"), "path:bad.jsonl: row 2: field 'sol2' has an empty choice"),
     ):
         result = regrow("evaluate", *words)
