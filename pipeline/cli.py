@@ -82,11 +82,11 @@ def show(run: Any, results: dict[str, Any] | None, as_json: bool) -> None:
     console = out()
     if scores := report.score_rows(results):
         console.print(report.table(scores, results["name"]))
-        console.print(report.legend(results), markup=False, soft_wrap=True)
+        console.print(report.legend(results))
     for protocol in report.protocols(results["models"])[1:]:
         console.print(report.table(report.protocol_rows(results, protocol), report.PROTOCOLS[protocol]))
     console.print(report.table(report.stage_rows(results)))
-    console.print(f"{run.folder}: report.md, results.json, artifacts/", markup=False)
+    console.print(f"{run.folder}: report.md, results.json, artifacts/")
 
 
 def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> Any:
@@ -154,9 +154,9 @@ def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Pa
     rows += [[item.step.label, item.step.key, item.status, item.why] for item in planned]
     out().print(table(rows, run.config.name))
     for tool, how in loads.items():
-        out().print(f"{tool}: {how}", highlight=False)
+        out().print(f"{tool}: {how}")
     if memory:
-        out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory", highlight=False)
+        out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory")
 
 
 @main.command("report")

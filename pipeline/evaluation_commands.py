@@ -137,7 +137,19 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
             return
         console = out()
         console.print(report.table(comparison.table_rows(rows), f"first: {name}, second: {other}"))
-        console.print(report.VERDICTS, markup=False, soft_wrap=True)
+        console.print(report.VERDICTS)
+
+
+def _device(context: click.Context, option: click.Parameter, value: str) -> str:
+    """The device, where a config may say it, too. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from pipeline.sections import RuntimeConfig
+
+    try:
+        return RuntimeConfig(device=value).device
+    except ValidationError as error:
+        raise ConfigError(f"--device {value}: {error.errors()[0]['msg']}") from error
 
 
 def _reporter() -> Any:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from evaluation import suites
@@ -157,12 +159,13 @@ def stage_rows(results: Results) -> list[list[str]]:
 
 
 def table(rows: list[list[str]], title: str = "") -> Table:
-    """A table for the terminal; the first row is the heading."""
+    """A table for the terminal, as wide as its cells need; the first row is the heading."""
     drawn = Table(title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
     for index, heading in enumerate(rows[0]):
         drawn.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows[1:]:
         drawn.add_row(*row)
+    drawn.width = Measurement.get(wide := Console(width=10**6, markup=False), wide.options, drawn).maximum
     return drawn
 
 

@@ -47,7 +47,9 @@ def test_a_model_is_scored_without_a_config_and_two_are_compared(folder: Path):
     (row,) = json.loads(regrow(*asked, "--json").stdout)["comparisons"]
     assert (row["suite"], row["n"]) == ("piqa", 6)
     assert row["gold_difference"] != 0
-    assert "no difference seen" in regrow(*asked).stdout
+    narrow = CliRunner(env={"COLUMNS": "40"}).invoke(main, asked).stdout
+    assert all(word in narrow for word in ("no difference seen", "gold log-probability, 95%", "verdict on it"))
+    assert "…" not in narrow
     stages = [results["stages"][-1] for results in (one, two)]
     by_key = json.loads(regrow("compare", stages[0]["key"], stages[1]["path"], "--json").stdout)
     assert by_key["comparisons"] == [row]
