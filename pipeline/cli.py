@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a stage failed, 2 usage or config, 130 interrupted.
 """
 
+import errno
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ Command = Callable[..., Any]
 
 
 class _Group(click.Group):
-    """Turns our errors into a message and an exit code, and Ctrl-C into a promise that is kept."""
+    """Turns our errors and the system's into a message and an exit code, and Ctrl-C into a promise that is kept."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,6 +29,12 @@ class _Group(click.Group):
         except RegrowError as error:
             click.echo(f"regrow: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has gone: click ends that quietly
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"regrow: {place}{error.strerror or error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("regrow: interrupted; the same command goes on where it stopped", err=True)
             ctx.exit(130)

@@ -12,7 +12,7 @@ from evaluation import suites
 from evaluation.items import ITEMS
 from pipeline import command_options
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.store import MANIFEST, Store
+from pipeline.store import MANIFEST, Store, read_manifest
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAID_BY_A_CONFIG = {
@@ -68,7 +68,7 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
 
     models = click.argument("names", nargs=-1, required=True, metavar="MODEL...")
     dtype = click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
-    device = click.option("--device", default="auto", show_default=True)
+    device = click.option("--device", default="auto", show_default=True, callback=_device)
 
     @main.command("speed")
     @models
@@ -239,7 +239,7 @@ def _side(argument: str, store: Store) -> tuple[str, Scores]:
             what = "a run's folder (RUN or RUN:MODEL), its results.json, an evaluate artifact's folder or its key"
             raise ConfigError(f"compare {argument}: this is not {what}")
         path = store.by_key(argument).path
-    material = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["material"]
+    material = read_manifest(path)["material"]
     if "suite" not in material or not (path / ITEMS).is_file():
         raise ConfigError(f"compare {argument}: {path} holds no scored suite (no {ITEMS})")
     return argument, {material["suite"]: path / ITEMS}

@@ -86,11 +86,13 @@ def as_text(results: Results) -> str:
 
 
 def read_results(run_folder: Path) -> Results:
-    """The last `results.json` of a run folder; an empty mapping if there is none."""
+    """The last `results.json` of a run folder; an empty mapping if there is none, or it is something else."""
     try:
-        return json.loads((run_folder / "results.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        said = json.loads((run_folder / "results.json").read_text(encoding="utf-8"))
+        whole = all(isinstance(entry[part], str) for entry in said["stages"] for part in ("stage", "model", "key"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
+    return said if whole else {}
 
 
 def metric(suite: str) -> str:

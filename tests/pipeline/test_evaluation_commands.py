@@ -110,9 +110,16 @@ def test_speed_and_texts_side_by_side(folder: Path):
     assert found["models"]["one"]["macs"] == found["models"]["two"]["macs"] > 0
     assert "decode tokens/s" in regrow("speed", "one", "--prompt", "8", "--repeats", "1", "--new", "3").stdout
     assert "do not fit into its window" in regrow("speed", "one", "--prompt", "300").stderr
+    wrong = regrow("speed", "one", "--device", "gpu")
+    assert (wrong.exit_code, "--device gpu: String should match pattern" in wrong.stderr) == (2, True)
     found = json.loads(regrow("sample", "one", "two", "--prompt", "the cat", *words).stdout)
     assert found["prompts"] == ["the cat"]
     assert all(len(model["texts"]) == 1 for model in found["models"].values())
+    for file, message in (("tokenizer*", "one has no tokenizer"), ("*.safetensors", "one has no .safetensors weights")):
+        for path in (folder / "one").glob(file):
+            path.unlink()
+        lacking = regrow("sample", "one")
+        assert (lacking.exit_code, message in lacking.stderr) == (2, True), lacking.output
 
 
 def test_protocols_never_share_a_table(folder: Path):
