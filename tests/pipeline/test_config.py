@@ -161,6 +161,18 @@ def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path):
         config_file.load(tmp_path / "nothing.yaml")
 
 
+def test_a_shipped_config_goes_by_its_name_and_no_other_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_file.read(Path("tiny.yaml")) == config_file.read(Path("./configs/tiny.yaml"))
+    with pytest.raises(ConfigError, match="no such config file"):
+        config_file.load(Path("elsewhere/configs/tiny.yaml"))
+
+
+@pytest.mark.parametrize("said", ["{{ source }}", "{? [a] : 1}"])
+def test_a_key_that_is_no_single_value_is_refused(tmp_path: Path, said: str):
+    assert "a key is a single value" in problems(tmp_path, BASE.replace('{source: "synthetic:0#model"}', said))
+
+
 def test_a_hub_model_without_a_network_is_a_source_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def unreachable(*arguments: Any, **options: Any) -> None:
         raise ConnectionError("no route")
