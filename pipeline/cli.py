@@ -57,7 +57,7 @@ def _options(command: Command) -> Command:
 @click.version_option(__version__, prog_name="regrow")
 def main() -> None:
     """Prune a LLaMA-family model, win the lost accuracy back, and score every step. Every stage is cached."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are enough
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, where they do not insist; ours are enough
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -23,6 +23,8 @@ def regrow(*words: str) -> Result:
 def evaluated(*words: str) -> dict[str, Any]:
     result = regrow("evaluate", *words, "--dtype", "float32", "--json")
     assert result.exit_code == 0, result.output
+    assert "Tokenizing inputs" not in result.stderr  # lm-eval's bars, which TQDM_DISABLE does not reach
+    assert "Running loglikelihood" not in result.stderr
     return json.loads(result.stdout)
 
 
