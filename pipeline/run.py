@@ -1,8 +1,7 @@
 """Executing a config: plan, check every input, build what is missing, write the run's folder."""
 
+import errno
 import os
-import shutil
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,8 @@ from recovery import adapters, history
 
 if TYPE_CHECKING:
     from pipeline.stages import Runner
+
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,23 @@ def _write_folder(run: Run, steps: list[Step], results: report.Results) -> None:
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.raw, sort_keys=False, allow_unicode=True))
     write_text(run.folder / "results.json", report.as_text(results))
     write_text(run.folder / "report.md", report.markdown(results))
-    links = run.folder / "artifacts"
-    shutil.rmtree(links, ignore_errors=True)
-    links.mkdir()
-    for step in steps:
-        target = run.store.folder(step.stage, step.key)
-        link = links / step.label.replace(" ", "-")
+    made = {step.label.replace(" ", "-"): run.store.folder(step.stage, step.key) for step in steps}
+    link(run.folder / "artifacts", made)
+
+
+def link(folder: Path, targets: dict[str, Path]) -> None:
+    """Make the folder's links these, each in one step: another run of the config may finish at the same time."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if old.is_symlink() and old.name not in targets and not old.name.startswith("."):
+            old.unlink(missing_ok=True)
+    for name, target in targets.items():
+        new = folder / f".{name}.{os.getpid()}"
+        new.unlink(missing_ok=True)
         try:
-            link.symlink_to(os.path.relpath(target, links), target_is_directory=True)
-        except OSError:
-            return  # a file system without links: results.json names the paths
+            new.symlink_to(os.path.relpath(target, folder), target_is_directory=True)
+        except OSError as error:
+            if error.errno in WITHOUT_LINKS:
+                return  # results.json names the paths
+            raise
+        new.replace(folder / name)
