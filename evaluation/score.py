@@ -35,6 +35,9 @@ class _Recording(SharedPrefixLM):
         super().__init__(*arguments, **named)
         self.lengths: dict[tuple[str, str], tuple[int, int]] = {}
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # lm-eval asks for its bars by default
+
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         self.lengths |= {asked: (len(context), len(target)) for asked, context, target in requests if asked}
         return super()._loglikelihood_tokens(requests, *arguments, **named)

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a stage failed, 2 usage or config, 130 interrupted.
 """
 
+import errno
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ Command = Callable[..., Any]
 
 
 class _Group(click.Group):
-    """Turns our errors into a message and an exit code, and Ctrl-C into a promise that is kept."""
+    """Turns our errors and the system's into a message and an exit code, and Ctrl-C into a promise that is kept."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,6 +29,12 @@ class _Group(click.Group):
         except RegrowError as error:
             click.echo(f"regrow: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has gone: click ends that quietly
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"regrow: {place}{error.strerror or error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("regrow: interrupted; the same command goes on where it stopped", err=True)
             ctx.exit(130)
@@ -50,7 +57,7 @@ def _options(command: Command) -> Command:
 @click.version_option(__version__, prog_name="regrow")
 def main() -> None:
     """Prune a LLaMA-family model, win the lost accuracy back, and score every step. Every stage is cached."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are enough
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, where they do not insist; ours are enough
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -82,11 +89,11 @@ def show(run: Any, results: dict[str, Any] | None, as_json: bool) -> None:
     console = out()
     if scores := report.score_rows(results):
         console.print(report.table(scores, results["name"]))
-        console.print(report.legend(results), markup=False, soft_wrap=True)
+        console.print(report.legend(results))
     for protocol in report.protocols(results["models"])[1:]:
         console.print(report.table(report.protocol_rows(results, protocol), report.PROTOCOLS[protocol]))
     console.print(report.table(report.stage_rows(results)))
-    console.print(f"{run.folder}: report.md, results.json, artifacts/", markup=False)
+    console.print(f"{run.folder}: report.md, results.json, artifacts/")
 
 
 def _open(config: Path, overrides: tuple[str, ...], store: Path, runs: Path) -> Any:
@@ -154,9 +161,9 @@ def plan_command(config: Path, overrides: tuple[str, ...], store: Path, runs: Pa
     rows += [[item.step.label, item.step.key, item.status, item.why] for item in planned]
     out().print(table(rows, run.config.name))
     for tool, how in loads.items():
-        out().print(f"{tool}: {how}", highlight=False)
+        out().print(f"{tool}: {how}")
     if memory:
-        out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory", highlight=False)
+        out().print(f"pruning is predicted to take {memory / 1e9:.1f} GB of memory")
 
 
 @main.command("report")
@@ -243,12 +250,16 @@ def verify_command(key: str | None, store: Path) -> None:
 
 @main.command("gc")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--vanished", is_flag=True, help="Also what only runs used whose folder is not there any more.")
 @command_options.store
-def gc_command(dry_run: bool, store: Path) -> None:
-    """Remove what no run folder uses any more, and what dead processes left behind."""
+def gc_command(dry_run: bool, vanished: bool, store: Path) -> None:
+    """Remove what no run uses any more, and what dead processes left behind."""
     from pipeline.store import Store
 
-    removed = Store(store).collect(dry_run)
+    shelf = Store(store)
+    for folder in [] if vanished else shelf.vanished():
+        click.echo(f"{folder} is not there (deleted, or moved?): what that run used is kept; --vanished removes it")
+    removed = shelf.collect(dry_run, vanished)
     for folder, size in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size / 1e6:.1f} MB)")
     click.echo(f"{len(removed)} folders, {sum(size for _, size in removed) / 1e6:.1f} MB")

@@ -1,6 +1,7 @@
 """Reading a config: YAML without duplicate keys, `--set` overrides, and every problem named at once."""
 
 import typing
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownMemberType]
+        if not isinstance(key, Hashable):
+            problem = "a key is a single value, this is a list or a mapping; put it in quotes if it is text"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
         line = key_node.start_mark.line + 1
         if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
             raise yaml.constructor.ConstructorError(
@@ -40,10 +44,13 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def read(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The file's mapping with the overrides (`key.path=YAML value`) put in. A shipped config may be given by name."""
+    """The file's mapping with the overrides (`key.path=YAML value`) put in.
+
+    A shipped config may be given as NAME or configs/NAME.
+    """
     if not path.is_file():
         shipped = shipped_folder() / path.name
-        if path.parent.name not in ("", "configs") or not shipped.is_file():
+        if path.parent not in (Path(), Path("configs")) or not shipped.is_file():
             names = sorted(file.name for file in shipped_folder().glob("*.yaml"))
             raise ConfigError(f"{path}: no such config file; shipped ones are {', '.join(names)}")
         path = shipped

@@ -52,6 +52,5 @@ def _lines(label: str, say: Callable[[str], None]) -> Callable[[int, int, str], 
 
 
 def out() -> Console:
-    """Stdout, for results; wide enough for a table when it is not a terminal."""
-    width = None if sys.stdout.isatty() else 140
-    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+    """Stdout, for results: nothing is cut or broken to a width, which the terminal does better, nor read as markup."""
+    return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)

@@ -12,9 +12,16 @@ from evaluation import suites
 from evaluation.items import ITEMS
 from pipeline import command_options
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.store import MANIFEST, Store
+from pipeline.store import MANIFEST, Store, read_manifest
 
 DTYPES = ("float32", "bfloat16", "float16")
+SAID_BY_A_CONFIG = {
+    "--suite": "evaluation.suites",
+    "--limit": "evaluation.limit",
+    "--dtype": "model.dtype",
+    "--bos/--no-bos": "evaluation.add_bos",
+    "--device": "runtime.device",
+}
 Scores = dict[str, Path]  # where the items of each suite lie
 
 
@@ -27,37 +34,41 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
         "--suite", "named", multiple=True, metavar="NAME[=SOURCE]", help="A suite; its rows, if not the hub's."
     )
     @click.option("--limit", type=click.IntRange(1), help="Items of each suite.")
-    @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+    @click.option("--dtype", type=click.Choice(DTYPES), help="[default: bfloat16]")
     @click.option("--bos/--no-bos", default=None, help="Begin with BOS or not. [default: the tokenizer's rule]")
-    @click.option("--device", default="auto", show_default=True)
+    @click.option("--device", help="[default: auto]")
     @command_options.overrides
     @click.option("--force", is_flag=True, help="Score again what is cached.")
     @command_options.runs
     @command_options.store
     @command_options.as_json
     def evaluate(  # pyright: ignore[reportUnusedFunction]
-        model: str, named: tuple[str, ...], limit: int | None, dtype: str, bos: bool | None, device: str,
-        overrides: tuple[str, ...], force: bool, runs: Path, store: Path, as_json: bool,
+        model: str, named: tuple[str, ...], limit: int | None, dtype: str | None, bos: bool | None,
+        device: str | None, overrides: tuple[str, ...], force: bool, runs: Path, store: Path, as_json: bool,
     ) -> None:  # fmt: skip
         """Score a model folder or hub model on suites, or run a config up to its scores."""
         again = "evaluate" if force else None
         if is_config(model):
-            if named:
-                raise ConfigError(f"--suite goes with a model; {model} is a config and names its suites itself")
+            given = zip(SAID_BY_A_CONFIG.items(), (named or None, limit, dtype, bos, device), strict=True)
+            for (option, key), value in given:
+                if value is not None:
+                    remedy = f"it says {key} itself, which --set changes"
+                    raise ConfigError(f"{option} goes with a model; {model} is a config: {remedy}")
             run_config(Path(model), overrides, store, runs, "evaluate", again, as_json)
             return
         from pipeline import config_file
         from pipeline.console import Reporter
         from pipeline.run import Run, execute
 
-        raw = config_file.override(config_of(model, named, limit, dtype, bos, device), overrides)
+        raw = config_of(model, named, limit, dtype or "bfloat16", bos, device or "auto")
+        raw = config_file.override(raw, overrides)
         checked = config_file.check(raw, f"evaluate {model}")
         run = Run(checked, raw, Store(store), runs / checked.name, Reporter())
         show(run, execute(run, "evaluate", again), as_json)
 
     models = click.argument("names", nargs=-1, required=True, metavar="MODEL...")
     dtype = click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
-    device = click.option("--device", default="auto", show_default=True)
+    device = click.option("--device", default="auto", show_default=True, callback=_device)
 
     @main.command("speed")
     @models
@@ -126,7 +137,19 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
             return
         console = out()
         console.print(report.table(comparison.table_rows(rows), f"first: {name}, second: {other}"))
-        console.print(report.VERDICTS, markup=False, soft_wrap=True)
+        console.print(report.VERDICTS)
+
+
+def _device(context: click.Context, option: click.Parameter, value: str) -> str:
+    """The device, where a config may say it, too. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from pipeline.sections import RuntimeConfig
+
+    try:
+        return RuntimeConfig(device=value).device
+    except ValidationError as error:
+        raise ConfigError(f"--device {value}: {error.errors()[0]['msg']}") from error
 
 
 def _reporter() -> Any:
@@ -216,7 +239,7 @@ def _side(argument: str, store: Store) -> tuple[str, Scores]:
             what = "a run's folder (RUN or RUN:MODEL), its results.json, an evaluate artifact's folder or its key"
             raise ConfigError(f"compare {argument}: this is not {what}")
         path = store.by_key(argument).path
-    material = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["material"]
+    material = read_manifest(path)["material"]
     if "suite" not in material or not (path / ITEMS).is_file():
         raise ConfigError(f"compare {argument}: {path} holds no scored suite (no {ITEMS})")
     return argument, {material["suite"]: path / ITEMS}

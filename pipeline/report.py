@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from evaluation import suites
@@ -84,11 +86,13 @@ def as_text(results: Results) -> str:
 
 
 def read_results(run_folder: Path) -> Results:
-    """The last `results.json` of a run folder; an empty mapping if there is none."""
+    """The last `results.json` of a run folder; an empty mapping if there is none, or it is something else."""
     try:
-        return json.loads((run_folder / "results.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        said = json.loads((run_folder / "results.json").read_text(encoding="utf-8"))
+        whole = all(isinstance(entry[part], str) for entry in said["stages"] for part in ("stage", "model", "key"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
+    return said if whole else {}
 
 
 def metric(suite: str) -> str:
@@ -157,12 +161,13 @@ def stage_rows(results: Results) -> list[list[str]]:
 
 
 def table(rows: list[list[str]], title: str = "") -> Table:
-    """A table for the terminal; the first row is the heading."""
+    """A table for the terminal, as wide as its cells need; the first row is the heading."""
     drawn = Table(title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
     for index, heading in enumerate(rows[0]):
         drawn.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows[1:]:
         drawn.add_row(*row)
+    drawn.width = Measurement.get(wide := Console(width=10**6, markup=False), wide.options, drawn).maximum
     return drawn
 
 

@@ -1,8 +1,7 @@
 """Executing a config: plan, check every input, build what is missing, write the run's folder."""
 
+import errno
 import os
-import shutil
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +12,7 @@ import yaml
 from pipeline import events, preflight, processes, provenance, report
 from pipeline.config import RunConfig
 from pipeline.console import Reporter
-from pipeline.errors import RegrowError, StageError
-from pipeline.keys import KEY_LENGTH
+from pipeline.errors import ConfigError, RegrowError, StageError
 from pipeline.plan import Planned, plan, until
 from pipeline.sources import Sources
 from pipeline.steps import Step, steps_of
@@ -24,6 +22,8 @@ from recovery import adapters, history
 
 if TYPE_CHECKING:
     from pipeline.stages import Runner
+
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
 
 
 @dataclass(frozen=True)
@@ -70,27 +70,32 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     if run.config.runtime.tensorboard:
         events.check()
     sources = run.sources()
-    steps = until(steps_of(run.config, sources), last)
+    every = steps_of(run.config, sources)
+    steps = until(every, last)
+    stages = dict.fromkeys(step.stage for step in steps)
+    if force and force not in stages:
+        raise ConfigError(f"--force {force}: there is no such stage in this run, which has {', '.join(stages)}")
+    used = {f"{step.stage}/{step.key}" for step in every} | sources.used
     planned = plan(steps, run.store, run.folder, force)
     missing = [item for item in planned if item.status == "build"]
     statuses = {item.step.label: "cached" for item in planned}
     _warn_of_drift(run, planned)
     if missing:
         preflight.check(run.config, [item.step for item in missing], sources)
-        statuses |= _build(run, missing, sources)
+        statuses |= _build(run, missing, sources, used)
     results = report.collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
     _write_events(run, steps, statuses)
-    run.store.keep(run.folder, _used(steps, sources))
+    run.store.keep(run.folder, used)
     return results
 
 
-def _build(run: Run, missing: list[Planned], sources: Sources) -> dict[str, str]:
+def _build(run: Run, missing: list[Planned], sources: Sources, used: set[str]) -> dict[str, str]:
     from pipeline.stages import Runner, prepare
 
     prepare(run.config.runtime)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.store.keep(run.folder, _used([item.step for item in missing], sources))  # before `gc` could take them
+    run.store.keep(run.folder, used, finished=False)  # before `gc` could take what they rest on
     runner = Runner(run.config, sources, run.store, shown=run.folder)
     statuses: dict[str, str] = {}
     for item in missing:
@@ -113,10 +118,8 @@ def _build_one(run: Run, runner: "Runner", step: Step, force: bool) -> str:
     except (RegrowError, KeyboardInterrupt):
         raise
     except Exception as error:
-        log = run.store.root / ".logs" / f"{step.stage}-{step.key}.txt"
-        write_text(log, traceback.format_exc())
-        reason = str(error).strip() or type(error).__name__
-        raise StageError(f"{step.label} failed: {reason}\n(the traceback is in {log})") from error
+        reason = run.store.explain(f"{step.stage}-{step.key}", error)
+        raise StageError(f"{step.label} failed: {reason}") from error
     return status
 
 
@@ -126,10 +129,6 @@ def _method(config: RunConfig, step: Step) -> ModuleType | None:
     if step.stage == "recover" and config.recovery:
         return adapters.load(config.recovery.adapter.method)
     return None
-
-
-def _used(steps: list[Step], sources: Sources) -> set[str]:
-    return {f"{step.stage}/{step.key[:KEY_LENGTH]}" for step in steps} | sources.used
 
 
 def _warn_of_drift(run: Run, planned: list[Planned]) -> None:
@@ -156,13 +155,23 @@ def _write_folder(run: Run, steps: list[Step], results: report.Results) -> None:
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.raw, sort_keys=False, allow_unicode=True))
     write_text(run.folder / "results.json", report.as_text(results))
     write_text(run.folder / "report.md", report.markdown(results))
-    links = run.folder / "artifacts"
-    shutil.rmtree(links, ignore_errors=True)
-    links.mkdir()
-    for step in steps:
-        target = run.store.folder(step.stage, step.key)
-        link = links / step.label.replace(" ", "-")
+    made = {step.label.replace(" ", "-"): run.store.folder(step.stage, step.key) for step in steps}
+    link(run.folder / "artifacts", made)
+
+
+def link(folder: Path, targets: dict[str, Path]) -> None:
+    """Make the folder's links these, each in one step: another run of the config may finish at the same time."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if old.is_symlink() and old.name not in targets and not old.name.startswith("."):
+            old.unlink(missing_ok=True)
+    for name, target in targets.items():
+        new = folder / f".{name}.{os.getpid()}"
+        new.unlink(missing_ok=True)
         try:
-            link.symlink_to(os.path.relpath(target, links), target_is_directory=True)
-        except OSError:
-            return  # a file system without links: results.json names the paths
+            new.symlink_to(os.path.relpath(target, folder), target_is_directory=True)
+        except OSError as error:
+            if error.errno in WITHOUT_LINKS:
+                return  # results.json names the paths
+            raise
+        new.replace(folder / name)

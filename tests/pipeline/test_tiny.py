@@ -35,3 +35,5 @@ def test_three_steps_are_seen_in_every_world(seed: int, tmp_path: Path, monkeypa
     again = regrow("run", "tiny.yaml", "--set", f"seed={seed}")
     assert {entry["status"] for entry in again["stages"]} == {"cached"}
     assert again["models"] == results["models"]
+    collected = CliRunner().invoke(main, ["gc", "--dry-run"]).output
+    assert collected == "0 folders, 0.0 MB\n"  # a cached run opens no source, and keeps its world
