@@ -213,7 +213,12 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
 def _tokenizer(spec: str, sources: Sources) -> Any:
     from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
 
-    return load_tokenizer(sources.model_folder(spec))
+    folder = sources.model_folder(spec)
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # transformers and tokenizers have many for files that are not there or not theirs
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{spec} has no tokenizer that can be read: {reason}") from error
 
 
 def _check_positions(place: str, asked: int, spec: str, sources: Sources) -> None:

@@ -371,6 +371,15 @@ def test_a_tokenizer_that_ends_every_text_is_refused_before_any_work(world: Path
     assert not list((world / "store").glob("[!.]*"))
 
 
+def test_a_model_without_a_tokenizer_is_told_before_any_work(world: Path):
+    for file in (world / "dense").glob("tokenizer*"):
+        file.unlink()
+    result = regrow("run", "run.yaml")
+    assert result.exit_code == 2
+    assert "has no tokenizer that can be read" in result.stderr
+    assert not list((world / "store").glob("[!.]*"))
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_heads_that_cannot_be_divided_are_told_of_the_model(world: Path, tiny_model: Any, command: str):
     tiny_model.save_pretrained(world / "odd")
