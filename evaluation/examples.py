@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evaluation.harness import build_task, check, gold_index, requests
+from evaluation.harness import checked_task, gold_index, requests
 from evaluation.suites import Suite
 
 
@@ -11,6 +11,5 @@ def examples(suite: Suite, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
     Raises ValueError for rows that lm-eval cannot ask.
     """
-    check(suite, rows)
-    task = build_task(suite, rows)
+    task = checked_task(suite, rows)
     return [pairs[gold_index(task, doc)] for doc, pairs in requests(task)]

@@ -27,7 +27,10 @@ def build_task(suite: Suite, rows: list[dict[str, Any]] | None, revision: str | 
     """
     data: dict[str, Any] = {"num_fewshot": 0}
     if rows is not None:
-        table = _table(rows)
+        try:
+            table = datasets.Dataset.from_list(rows)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"the rows make no table, a field may have values of several types: {error}") from error
 
         def local(**_: object) -> datasets.DatasetDict:
             return datasets.DatasetDict({SPLIT: table})
@@ -46,22 +49,14 @@ def build_task(suite: Suite, rows: list[dict[str, Any]] | None, revision: str | 
     return cast("ConfigurableTask", task)
 
 
-def _table(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    try:
-        return datasets.Dataset.from_list(rows)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"the rows make no table, a field may have values of several types: {error}") from error
-
-
-def check(suite: Suite, rows: list[dict[str, Any]]) -> None:
-    """Raise ValueError where lm-eval cannot ask these rows.
+def checked_task(suite: Suite, rows: list[dict[str, Any]]) -> ConfigurableTask:
+    """The suite's task over rows. Raises ValueError where lm-eval cannot ask them.
 
     The fields of our own suites are `suites.check_rows`'s to know; of a task by name (`lm-eval:TASK`) every row is
     asked for its text and its answer here.
     """
-    _table(rows)
     if suite.fields:
-        return
+        return build_task(suite, rows)
     try:
         task = build_task(suite, rows)
         for doc in task.eval_docs:
@@ -69,6 +64,7 @@ def check(suite: Suite, rows: list[dict[str, Any]]) -> None:
             gold_index(task, cast("dict[str, Any]", doc))
     except Exception as error:  # templates and functions of any task
         raise ValueError(f"lm-eval cannot ask the rows as {suite.name}: {error!r}") from error
+    return task
 
 
 def gold_index(task: ConfigurableTask, doc: dict[str, Any]) -> int:

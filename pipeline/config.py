@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pipeline import sources
 from pipeline.export.config import ExportOrName
 from pipeline.sections import (
     CalibrationConfig,
@@ -21,6 +20,7 @@ from pipeline.sections import (
     SourceText,
     SuiteConfig,
 )
+from pipeline.source_text import parse
 from pruning import criteria
 from pruning.config import HELD_OUT, PruningConfig
 from recovery import peft_format
@@ -28,7 +28,7 @@ from recovery.config import RecoveryConfig
 
 
 def _adapter_folder(value: str) -> str:
-    if (kind := sources.parse(value).kind) != "path":
+    if (kind := parse(value).kind) != "path":
         raise ValueError(f"an adapter is read from a folder here, path:FOLDER; fetch what {kind}: names first")
     return value
 
@@ -111,7 +111,7 @@ class RunConfig(BaseModel):
         rows += [(f"evaluation.suites.{n}", part) for n, part in enumerate(self.evaluation.suites)]
         rows += [(f"evaluation.perplexity.{n}", part) for n, part in enumerate(self.evaluation.perplexity)]
         used += [(f"{place}.source", part.source) for place, part in rows if part.source]
-        parsed = [(place, sources.parse(spec)) for place, spec in used]
+        parsed = [(place, parse(spec)) for place, spec in used]
         return [(f"{source.name}=={source.version}", place) for place, source in parsed if source.kind == "pypi"]
 
 

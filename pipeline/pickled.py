@@ -83,12 +83,11 @@ def _write(weights: Path, said: dict[str, Any], out: Path, tokenizer: Path | Non
         made, made_class = target(said["class"], config, shapes, list(range(count)), old["hidden_size"], free=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in made_class(made).state_dict().items()}
     if config.get("tie_word_embeddings"):
-        wanted.pop("lm_head.weight")
+        for held in (tensors, wanted):
+            held.pop("lm_head.weight", None)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     for name in sorted(wanted | found):
         if wanted.get(name) != found.get(name):

