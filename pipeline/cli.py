@@ -237,14 +237,14 @@ def verify_command(key: str | None, store: Path) -> None:
     from pipeline.store import Store
 
     shelf = Store(store)
-    artifacts = [shelf.by_key(key)] if key else list(shelf.artifacts())
+    folders = [shelf.by_key(key).path] if key else shelf.finished()
     bad = 0
-    for artifact in artifacts:
-        problems = shelf.verify(artifact)
+    for folder in folders:
+        problems = shelf.verify(folder)
         bad += bool(problems)
         for problem in problems:
-            click.echo(f"{artifact.stage}/{artifact.key}: {problem}")
-    click.echo(f"{len(artifacts)} artifacts, {bad} damaged")
+            click.echo(f"{folder.parent.name}/{folder.name}: {problem}")
+    click.echo(f"{len(folders)} artifacts, {bad} damaged")
     sys.exit(1 if bad else 0)
 
 
@@ -254,12 +254,13 @@ def verify_command(key: str | None, store: Path) -> None:
 @command_options.store
 def gc_command(dry_run: bool, vanished: bool, store: Path) -> None:
     """Remove what no run uses any more, and what dead processes left behind."""
+    from pipeline import garbage
     from pipeline.store import Store
 
     shelf = Store(store)
-    for folder in [] if vanished else shelf.vanished():
+    for folder in [] if vanished else garbage.vanished_runs(shelf):
         click.echo(f"{folder} is not there (deleted, or moved?): what that run used is kept; --vanished removes it")
-    removed = shelf.collect(dry_run, vanished)
+    removed = garbage.collect(shelf, dry_run, vanished)
     for folder, size in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size / 1e6:.1f} MB)")
     click.echo(f"{len(removed)} folders, {sum(size for _, size in removed) / 1e6:.1f} MB")

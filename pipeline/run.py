@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline import events, preflight, processes, provenance, report
+from pipeline import events, garbage, preflight, processes, provenance, report
 from pipeline.config import RunConfig
 from pipeline.console import Reporter
 from pipeline.errors import ConfigError, RegrowError, StageError
@@ -86,7 +86,7 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     results = report.collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
     _write_events(run, steps, statuses)
-    run.store.keep(run.folder, used)
+    garbage.keep(run.store, run.folder, used)
     return results
 
 
@@ -95,7 +95,7 @@ def _build(run: Run, missing: list[Planned], sources: Sources, used: set[str]) -
 
     prepare(run.config.runtime)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.store.keep(run.folder, used, finished=False)  # before `gc` could take what they rest on
+    garbage.keep(run.store, run.folder, used, finished=False)  # before `gc` could take what they rest on
     runner = Runner(run.config, sources, run.store, shown=run.folder)
     statuses: dict[str, str] = {}
     for item in missing:

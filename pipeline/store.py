@@ -4,7 +4,7 @@
 <store>/.work/<stage>-<key16>/out      what a builder writes; starts empty
 <store>/.work/<stage>-<key16>/scratch  training checkpoints; outlives a failure
 <store>/.locks/<stage>-<key16>         freed by the kernel when the process dies
-<store>/.roots/<digest>.json           which run folder uses which artifacts, built or not yet (for `gc`)
+<store>/.roots/<digest>.json           which run folder uses which artifacts (`pipeline.garbage`)
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +57,10 @@ class Store:
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The finished artifact of this key, or None."""
-        folder = self.folder(stage, key)
         try:
-            manifest = read_manifest(folder)
+            return _artifact(self.folder(stage, key))
         except FileNotFoundError:
             return None
-        return Artifact(stage, key[:KEY_LENGTH], folder, manifest)
 
     def build(
         self,
@@ -82,7 +80,7 @@ class Store:
         if not force and (found := self.find(stage, key)):
             return found, "cached"
         name = f"{stage}-{key[:KEY_LENGTH]}"
-        with self._lock(name, waiting):
+        with self.lock(name, waiting):
             if not force and (found := self.find(stage, key)):
                 return found, "cached"
             work = self.root / ".work" / name
@@ -117,44 +115,37 @@ class Store:
         status = "resumed" if workspace.resumed else "built"
         return Artifact(stage, key[:KEY_LENGTH], self.folder(stage, key), manifest), status
 
-    def artifacts(self, stage: str = "[!.]*") -> Iterator[Artifact]:
-        """Every finished artifact (of one stage), by stage and key."""
-        for manifest in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
-            folder = manifest.parent
-            yield Artifact(folder.parent.name, folder.name, folder, read_manifest(folder))
+    def artifacts(self, stage: str) -> Iterator[Artifact]:
+        """Every finished artifact of a stage, by key."""
+        return map(_artifact, self.finished(stage))
+
+    def finished(self, stage: str = "[!.]*") -> list[Path]:
+        """The folders of all finished artifacts (of one stage), by stage and key; their manifests are not read."""
+        return sorted(manifest.parent for manifest in self.root.glob(f"{stage}/*/{MANIFEST}"))
 
     def by_key(self, prefix: str) -> Artifact:
         """The one artifact whose key begins with `prefix` (at least 4 digits). Raises ConfigError otherwise."""
-        found = [artifact for artifact in self.artifacts() if artifact.key.startswith(prefix[:KEY_LENGTH])]
+        found = [folder for folder in self.finished() if folder.name.startswith(prefix[:KEY_LENGTH])]
         if len(prefix) < 4 or len(found) != 1:
             reason = "is too short" if len(prefix) < 4 else f"fits {len(found)} artifacts"
             raise ConfigError(f"key {prefix!r} {reason} in {self.root}; `regrow plan CONFIG` shows the keys")
-        return found[0]
+        return _artifact(found[0])
 
-    def verify(self, artifact: Artifact) -> list[str]:
-        """What is wrong with an artifact's files: missing, changed or unlisted. Empty when all is well."""
-        listed: dict[str, dict[str, Any]] = artifact.manifest["files"]
-        present = {path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if path.is_file()}
+    def verify(self, folder: Path) -> list[str]:
+        """What is wrong with an artifact's manifest or files: missing, changed, unlisted. Empty when all is well."""
+        try:
+            listed: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
+        except StageError as error:
+            return [str(error)]
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         problems = [f"{name}: missing" for name in sorted(listed.keys() - present)]
         problems += [f"{name}: not in the manifest" for name in sorted(present - listed.keys() - {MANIFEST})]
         problems += [
             f"{name}: changed since it was built"
             for name in sorted(listed.keys() & present)
-            if file_digest(artifact.path / name) != listed[name]["sha256"]
+            if file_digest(folder / name) != listed[name]["sha256"]
         ]
         return problems
-
-    def keep(self, run_folder: Path, used: Iterable[str], finished: bool = True) -> None:
-        """Record the artifacts (`stage/key16`) of a run, built or not yet: `gc` keeps them, and work on them.
-
-        Until a run has `finished`, what was recorded of its folder before is kept as well: that is still what it shows.
-        """
-        run = str(run_folder.absolute())
-        root = self.root / ".roots" / f"{digest(run)[:KEY_LENGTH]}.json"
-        before = _root(root) if root.is_file() else {"artifacts": []}
-        record = {"run": run, "artifacts": sorted({*used, *([] if finished else before["artifacts"])})}
-        if record != before:
-            write_text(root, json.dumps(record, indent=1))
 
     def explain(self, name: str, error: Exception) -> str:
         """What an exception says, and the file that its traceback was written to."""
@@ -165,42 +156,8 @@ class Store:
             return reason
         return f"{reason}\n(the traceback is in {log})"
 
-    def vanished(self) -> list[str]:
-        """Recorded run folders that are not there: deleted, moved, or on a disk that is not mounted."""
-        return [record["run"] for _, record in self._roots() if not Path(record["run"]).is_dir()]
-
-    def collect(self, dry_run: bool, vanished: bool = False) -> list[tuple[Path, int]]:
-        """Remove what no recorded run uses, and work left by processes that died. Returns (folder, bytes).
-
-        `vanished` also removes what is used by none but runs whose folder is not there.
-        """
-        used: set[str] = set()
-        for root, record in self._roots():
-            if not vanished or Path(record["run"]).is_dir():
-                used.update(record["artifacts"])
-            elif not dry_run:
-                root.unlink()
-        unused = [a.path for a in self.artifacts() if f"{a.stage}/{a.key}" not in used]
-        resumable = {name.replace("/", "-") for name in used}
-        dead = [work for work in sorted((self.root / ".work").glob("*")) if work.name not in resumable]
-        removed: list[tuple[Path, int]] = []
-        for folder in [*unused, *dead]:
-            name = folder.name if folder.parent.name == ".work" else f"{folder.parent.name}-{folder.name}"
-            with self._lock(name, None) as free:
-                if not free:
-                    continue
-                removed.append((folder, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())))
-                if not dry_run:
-                    # The manifest goes first: a folder half removed must not look finished.
-                    (folder / MANIFEST).unlink(missing_ok=True)
-                    shutil.rmtree(folder)
-        return removed
-
-    def _roots(self) -> list[tuple[Path, dict[str, Any]]]:
-        return [(root, _root(root)) for root in sorted((self.root / ".roots").glob("*.json"))]
-
     @contextmanager
-    def _lock(self, name: str, waiting: Callable[[str], None] | None) -> Generator[bool]:
+    def lock(self, name: str, waiting: Callable[[str], None] | None) -> Generator[bool]:
         """Hold the lock `name`; yields False at once when it is taken and there is no `waiting` to tell."""
         path = self.root / ".locks" / name
         try:
@@ -238,17 +195,18 @@ class Store:
             raise StageError(f"{folder}: the finished result could not be moved here ({error.strerror})") from error
 
 
+def _artifact(folder: Path) -> Artifact:
+    return Artifact(folder.parent.name, folder.name, folder, read_manifest(folder))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact's folder. Raises StageError where it is not as it was written."""
     parts = {"stage", "key", "material", "built", "seconds", "files"}
-    return _read(folder / MANIFEST, parts, f"remove {folder}, and it is built again")
+    return read_record(folder / MANIFEST, parts, f"remove {folder}, and it is built again")
 
 
-def _root(path: Path) -> dict[str, Any]:
-    return _read(path, {"run", "artifacts"}, "remove it, and run the configs of this store again before `regrow gc`")
-
-
-def _read(path: Path, parts: set[str], remedy: str) -> dict[str, Any]:
+def read_record(path: Path, parts: set[str], remedy: str) -> dict[str, Any]:
+    """A JSON mapping that has `parts`. Raises StageError, which ends with `remedy`, where it is none or lacks some."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(library() is None, reason="only glibc's allocato
 def work() -> int:
     """Page faults of filling some blocks, which are freed again.
 
-    Not tensors: torch wants aligned blocks, off which glibc before 2.38 cuts scraps that keep a freed block from fitting
-    the next one, so that some rounds pass before every tensor finds its place.
+    Not tensors: torch wants aligned blocks, off which glibc before 2.38 cuts scraps that keep a freed block from
+    fitting the next one, so that some rounds pass before every tensor finds its place.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [b"1" * (MAPPED - 2**17) for _ in range(HELD)]

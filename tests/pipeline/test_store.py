@@ -122,49 +122,23 @@ def test_a_second_builder_waits_for_the_first(tmp_path: Path):
 def test_verify_finds_changed_missing_and_foreign_files(tmp_path: Path):
     store = Store(tmp_path)
     artifact, _ = store.build("prune", MATERIAL, write)
-    assert store.verify(artifact) == []
+    assert store.verify(artifact.path) == []
     (artifact.path / "model" / "weights.bin").write_bytes(b"abd")
     (artifact.path / "extra").write_text("x")
-    assert store.verify(artifact) == ["extra: not in the manifest", "model/weights.bin: changed since it was built"]
+    found = ["extra: not in the manifest", "model/weights.bin: changed since it was built"]
+    assert store.verify(artifact.path) == found
     (artifact.path / "model" / "weights.bin").unlink()
-    assert "model/weights.bin: missing" in store.verify(artifact)
+    assert "model/weights.bin: missing" in store.verify(artifact.path)
 
 
-def test_gc_keeps_what_a_living_run_uses(tmp_path: Path):
-    store, run = Store(tmp_path / "store"), tmp_path / "runs" / "a"
-    run.mkdir(parents=True)
+def test_a_broken_manifest_is_one_problem_and_stops_nothing_else(tmp_path: Path):
+    store = Store(tmp_path)
     kept, _ = store.build("prune", MATERIAL, write)
-    lost, _ = store.build("prune", {**MATERIAL, "ratio": 0.5}, write)
-    store.keep(run, [f"prune/{kept.key}"])
-    assert [folder for folder, _ in store.collect(dry_run=True)] == [lost.path]
-    assert lost.path.exists()
-    store.collect(dry_run=False)
-    assert (kept.path.exists(), lost.path.exists()) == (True, False)
-    run.rename(tmp_path / "moved")
-    assert (store.vanished(), store.collect(dry_run=False)) == ([str(run)], [])
-    assert [folder for folder, _ in store.collect(dry_run=False, vanished=True)] == [kept.path]
-    assert store.vanished() == []
-
-
-def test_gc_keeps_what_an_unfinished_run_goes_on_from_and_what_it_showed_before(tmp_path: Path):
-    store, run = Store(tmp_path / "store"), tmp_path / "runs" / "a"
-    before, _ = store.build("prune", MATERIAL, write)
-    store.keep(run, [f"prune/{before.key}"])
-    other = {**MATERIAL, "ratio": 0.5}
-    now = f"prune/{digest(other)[:16]}"
-    store.keep(run, [now], finished=False)
-
-    def stop(workspace: Workspace) -> dict[str, Any]:
-        (workspace.scratch / "checkpoint").touch()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.build("prune", other, stop)
-    assert store.collect(dry_run=False) == []
-    store.keep(run, [now])
-    assert [folder for folder, _ in store.collect(dry_run=False)] == [before.path]
-    store.keep(run, [])
-    assert [folder.name for folder, _ in store.collect(dry_run=False)] == [now.replace("/", "-")]
+    broken, _ = store.build("prune", {**MATERIAL, "ratio": 0.5}, write)
+    (broken.path / "manifest.json").write_text("{")
+    assert [len(store.verify(folder)) for folder in (kept.path, broken.path)] == [0, 1]
+    assert "manifest.json: cannot be read" in store.verify(broken.path)[0]
+    assert store.by_key(kept.key).path == kept.path
 
 
 @pytest.mark.parametrize(("said", "message"), [("", "Expecting value"), ("[]", "has no built, files, key"), ("{}", "")])
@@ -172,7 +146,7 @@ def test_a_manifest_that_was_changed_is_named_with_what_to_do(tmp_path: Path, sa
     store = Store(tmp_path)
     artifact, _ = store.build("prune", MATERIAL, write)
     (artifact.path / "manifest.json").write_text(said)
-    for reads in (lambda: store.find("prune", artifact.key), lambda: store.collect(dry_run=True)):
+    for reads in (lambda: store.find("prune", artifact.key), lambda: store.by_key(artifact.key)):
         with pytest.raises(StageError, match=rf"manifest\.json: .*{message}.*; remove .*, and it is built again"):
             reads()
 
