@@ -80,17 +80,18 @@ def show(run: Any, results: dict[str, Any] | None, as_json: bool) -> None:
     """A run's results on stdout."""
     from pipeline import report
     from pipeline.console import out
+    from pipeline.results import as_text, protocols
 
     if results is None:  # a helper of a run by several processes
         return
     if as_json:
-        click.echo(report.as_text(results))
+        click.echo(as_text(results))
         return
     console = out()
     if scores := report.score_rows(results):
         console.print(report.table(scores, results["name"]))
         console.print(report.legend(results))
-    for protocol in report.protocols(results["models"])[1:]:
+    for protocol in protocols(results["models"])[1:]:
         console.print(report.table(report.protocol_rows(results, protocol), report.PROTOCOLS[protocol]))
     console.print(report.table(report.stage_rows(results)))
     console.print(f"{run.folder}: report.md, results.json, artifacts/")
@@ -177,12 +178,13 @@ def report_command(
 ) -> None:
     """Report finished runs from the store, without building anything."""
     from pipeline import report
+    from pipeline.results import collect
     from pipeline.steps import steps_of
 
     found: list[dict[str, Any]] = []
     for config in configs:
         run = _open(config, overrides, store, Path("runs"))
-        found.append(report.collect(run.config, steps_of(run.config, run.sources()), run.store, {}))
+        found.append(collect(run.config, steps_of(run.config, run.sources()), run.store, {}))
     if form == "json":
         text = json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False) + "\n"
     else:

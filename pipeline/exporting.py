@@ -8,6 +8,7 @@ from pipeline import report
 from pipeline.export import lineage as lineages
 from pipeline.export.model_folder import ModelFolder
 from pipeline.export.write import write
+from pipeline.results import collect
 from pipeline.steps import Step
 from pipeline.store import Workspace
 
@@ -25,7 +26,7 @@ def export(runner: "Runner", step: Step, workspace: Workspace) -> dict[str, Any]
         lineage["recovery"] = lineages.of_adapter(step.material["adapter"], adapter.name, runner.store.root)
     scored = [inner for inner in step.inputs if inner.scored]
     if scored:
-        lineage["results"] = report.score_rows(report.collect(runner.config, scored, runner.store, {}))
+        lineage["results"] = report.score_rows(collect(runner.config, scored, runner.store, {}))
     return {"report": write(model, workspace.out, step.exported, lineage)}
 
 

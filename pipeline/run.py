@@ -14,6 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.console import Reporter
 from pipeline.errors import ConfigError, RegrowError, StageError
 from pipeline.plan import Planned, plan, until
+from pipeline.results import Results, as_text, collect
 from pipeline.sources import Sources
 from pipeline.steps import Step, steps_of
 from pipeline.store import Store, Workspace, write_text
@@ -83,7 +84,7 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     if missing:
         preflight.check(run.config, [item.step for item in missing], sources)
         statuses |= _build(run, missing, sources, used)
-    results = report.collect(run.config, steps, run.store, statuses)
+    results = collect(run.config, steps, run.store, statuses)
     _write_folder(run, steps, results)
     _write_events(run, steps, statuses)
     garbage.keep(run.store, run.folder, used)
@@ -150,10 +151,10 @@ def _write_events(run: Run, steps: list[Step], statuses: dict[str, str]) -> None
             events.of_log(log, events.folder_of(run.folder, step.key))
 
 
-def _write_folder(run: Run, steps: list[Step], results: report.Results) -> None:
+def _write_folder(run: Run, steps: list[Step], results: Results) -> None:
     """`runs/<name>/`: the config as run, results, report, and links to the artifacts."""
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.raw, sort_keys=False, allow_unicode=True))
-    write_text(run.folder / "results.json", report.as_text(results))
+    write_text(run.folder / "results.json", as_text(results))
     write_text(run.folder / "report.md", report.markdown(results))
     made = {step.label.replace(" ", "-"): run.store.folder(step.stage, step.key) for step in steps}
     link(run.folder / "artifacts", made)

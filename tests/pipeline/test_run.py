@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from pipeline.cli import main
 from pipeline.plan import label_of
-from pipeline.report import read_results
+from pipeline.results import read_results
 from pipeline.run import link
 from pruning import checkpoint
 
