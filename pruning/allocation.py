@@ -104,7 +104,8 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
     left = shape.with_layers([layer.shape for layer in layers])
     surplus, half = left.parameters() - target, max((cost for _, cost, *_ in order), default=0) / 2
     slack = max(TOLERANCE * shape.parameters(), half_a_step(shape, shares, config))
-    if last and -surplus > max(slack, half):  # half a structure is what ranking itself may take too much
+    slack = max(slack, half)  # half a structure is what ranking itself may take too much or too little
+    if last and -surplus > slack:
         raise ValueError(
             f"ratio: {config.ratio} cannot be reached with FFN channels rounded to {config.round_to}: {-surplus} "
             "parameters too many would go; lower round_to"
