@@ -39,6 +39,10 @@ class Config(lora.FactorsConfig, frozen=True):
     limit: int = Field(default=64, ge=1, description="highest rank of one layer")
     tokens: int = Field(default=4000, ge=100, description="training tokens whose hidden states are measured")
 
+    def reach(self, name: str) -> float:
+        """LoRA's s sqrt(rank), with the one scale; ranks that are only found later do not count."""
+        return self.alpha / self.rank * math.sqrt(self.rank_of(name))
+
 
 class Method(lora.Method[Config]):
     """LoRA with one scale for all ranks."""

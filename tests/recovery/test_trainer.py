@@ -529,6 +529,7 @@ def test_a_step_holds_a_row_where_it_is_not_said(longest: dict[str, int], step: 
         ({"method": "rora", "rank": 128, "alpha": 128}, 1.25e-4),
         ({"method": "rora", "rank": 2, "alpha": 2}, 2e-3),
         ({"method": "rora", "alpha_pattern": {"q_proj": 640}}, 2.5e-5),  # 0.016 / 640: one rate for all layers
+        ({"method": "gelora", "rank_pattern": {"q_proj": 64}}, 1e-3),  # 0.016 / (2 sqrt(64)): one scale for all ranks
         ({"method": "melora", "rank": 64, "alpha": 512}, 2e-3),
         ({"method": "nola"}, 1e-2),
     ],
