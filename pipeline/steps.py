@@ -101,7 +101,8 @@ def steps_of(config: RunConfig, sources: Sources) -> list[Step]:
 
 def _exports(config: RunConfig, sources: Sources, steps: list[Step], dense: dict[str, Any]) -> list[Step]:
     """Every export of the run's last model (the adapter alone: of the model it was trained on), and the scores of
-    those that compute otherwise. The model card shows the run's scores, so their keys are part of an export's."""
+    those that compute otherwise. The model card shows the run's scores, so their keys are part of an export's, but not
+    of what its weights score."""
     made = {step.stage: step for step in steps}
     last = made.get("merge") or made.get("prune")
     scores = tuple(step for step in steps if step.stage == "evaluate")
@@ -123,8 +124,9 @@ def _exports(config: RunConfig, sources: Sources, steps: list[Step], dense: dict
         step = Step("export", material, inputs, model, exported=wanted)
         found.append(step)
         if isinstance(wanted, QuantizedConfig):
+            weights = digest({name: said for name, said in material.items() if name != "scores"})
             for scored in (*config.evaluation.suites, *config.evaluation.perplexity):
-                material = _evaluate(config, sources, scored, step.key)
+                material = _evaluate(config, sources, scored, weights)
                 found.append(Step("evaluate", material, (step,), f"{model}-{wanted.scheme}", scored))
     return found
 
@@ -152,10 +154,12 @@ def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any], statistic
     # Since version 2 only this has changed: added biases count in the ratio, and several steps end where one does.
     biased = {"bias_version": 2} if config.pruning.compensation.method == "bias" else {}
     stepped = {"steps_version": 2} if config.pruning.steps > 1 else {}
+    depth = config.pruning.depth
     return {
         **_head("prune"),
         **biased,
         **stepped,
+        **({"depth_version": criteria.load(depth.method).VERSION} if depth else {}),
         "method_version": method.VERSION,
         "config": config.pruning.model_dump(mode="json"),
         "calibration": rows.material(sources, text) if text else None,

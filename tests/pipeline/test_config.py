@@ -81,6 +81,23 @@ def test_a_change_reaches_just_what_rests_on_it(override: str, changed: set[str]
         assert differing == {label for label in before if any(label.startswith(prefix) for prefix in changed)}
 
 
+def test_other_scores_make_exports_anew_for_their_cards_and_not_what_exports_score(tmp_path: Path):
+    path, exports = shipped_folder() / "tiny.yaml", "export=[gguf:f16, quantized:nf4]"
+    before = keys(path, exports, store=tmp_path)
+    after = keys(path, exports, "evaluation.limit=7", store=tmp_path)  # a limit is of suites, not of perplexity
+    differing = {label for label in before if before[label] != after[label] and "synthetic_" not in label}
+    assert differing == {"export gguf-f16", "export quantized-nf4"}
+    assert "evaluate recovered-nf4 heldout" in before
+
+
+def test_the_version_of_the_method_that_drops_layers_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, depth = shipped_folder() / "tiny.yaml", "pruning.depth={layers: 1}"
+    dropping, widths = keys(path, depth, store=tmp_path), keys(path, store=tmp_path)
+    monkeypatch.setattr(criteria.load("block_influence"), "VERSION", 99)
+    assert keys(path, depth, store=tmp_path)["prune"] != dropping["prune"]
+    assert keys(path, store=tmp_path) == widths
+
+
 BASE = """
 name: x
 model: {source: "synthetic:0#model"}
