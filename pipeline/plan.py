@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.keys import differences
-from pipeline.report import read_results
+from pipeline.results import read_results
 from pipeline.sources import Sources
 from pipeline.steps import STAGES, Step, label
 from pipeline.store import Store
@@ -64,7 +64,8 @@ def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
 
 
 def shape_of(config: RunConfig, said: dict[str, Any]) -> Architecture:
-    """The shape of the model whose config.json says this. Raises ConfigError where it contradicts itself."""
+    """The shape of the model whose config.json says this. Raises ConfigError where it lacks something, or contradicts
+    itself."""
     try:
         return Architecture.read(said)
     except ValueError as error:

@@ -37,8 +37,15 @@ class Architecture:
     def read(cls, config: Mapping[str, Any]) -> "Architecture":
         """From the entries of a `config.json`, per-layer widths included.
 
-        Raises ValueError where query heads cannot be divided among a layer's key-value groups.
+        Raises ValueError for a missing entry, and where query heads cannot be divided among a layer's key-value groups.
         """
+        try:
+            return cls._of(config)
+        except KeyError as error:
+            raise ValueError(f"config.json has no {error.args[0]}, which its shape hangs on") from error
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any]) -> "Architecture":
         kind = config["model_type"].removeprefix("regrow_")
         heads = config["num_attention_heads"]
         own = {int(index): entry for index, entry in (config.get("per_layer_config") or {}).items()}

@@ -54,8 +54,6 @@ class ModelFolder:
         """Raises ConfigError where config.json lacks an entry, or contradicts itself."""
         try:
             return Architecture.read(self.said)
-        except KeyError as error:
-            raise ConfigError(f"{self.path}: config.json has no {error.args[0]}, which its shape hangs on") from error
         except ValueError as error:
             raise ConfigError(f"{self.path}: {error}") from error
 

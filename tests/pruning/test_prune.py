@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,8 @@ def test_query_heads_that_cannot_be_divided_among_the_groups_are_refused():
     own = {"1": {"num_attention_heads": 7, "num_key_value_heads": 3}}
     with pytest.raises(ValueError, match="num_attention_heads: 7 of layer 1 cannot be divided"):
         Architecture.read({**said, "num_key_value_heads": 3, "per_layer_config": own})
+    with pytest.raises(ValueError, match=r"config\.json has no model_type"):
+        Architecture.read({name: value for name, value in said.items() if name != "model_type"})
 
 
 @pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden",), ("hidden", "ffn")])
@@ -346,6 +349,17 @@ def test_what_stays_of_a_cut_width_is_a_multiple_even_where_the_width_is_none(ra
 def test_a_ratio_is_refused_where_rounding_keeps_it_out_of_reach(options: dict[str, Any], ratio: float, message: str):
     with pytest.raises(ValueError, match=message):
         plan_shapes(SMOL, config_of(ratio=ratio, **options), round((1 - ratio) * SMOL.parameters()))
+
+
+@pytest.mark.parametrize("ratio", [0.12, 0.14, 0.16, 0.2])
+def test_a_global_ranking_of_groups_ends_within_half_a_group(random_model: Any, ratio: float):
+    dense = random_model()
+    shape = Architecture.read(dense.config.to_dict())
+    whole = shape.layers[0]
+    group = shape.layer_parameters(whole) - shape.layer_parameters(replace(whole, groups=whole.groups - 1))
+    settings = config_of("random", ratio=ratio, shape="free", allocation="global", structures=("attention",))
+    left = prune(dense, None, settings).model.num_parameters()
+    assert abs(left - (1 - ratio) * shape.parameters()) <= group / 2 + 1
 
 
 def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model: Any):
