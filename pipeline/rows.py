@@ -1,7 +1,8 @@
 """From a source to rows, texts and (prompt, response) pairs.
 
 A data file is cut once into a recovery and a scored half by the sha256 of the text that identifies a row, so the cut
-depends on nothing but the row and no question, nor a passage shared by several, falls on both sides.
+depends on nothing but the row and no question, nor a passage shared by several (but social_iqa's, which is known with
+its question), falls on both sides.
 """
 
 import hashlib

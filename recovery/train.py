@@ -58,12 +58,13 @@ def train(
     remaining = itertools.islice(rows, run.state.rows, None)
     saved = time.monotonic()
     left = config.tokens - run.state.tokens
+    early = False
     run.look()
     with interrupt.noticed() as pressed:
         steps = batches(remaining, left, config.batch_tokens, config.max_length)
         for batch, following in itertools.pairwise(itertools.chain(steps, [None])):
             assert batch
-            if history.worn_out(run.state, config.validation.patience):
+            if early := history.worn_out(run.state, config.validation.patience):
                 break
             run.step(batch, last=following is None)
             stopped = parallel.add_up([float(pressed())])[0] > 0  # all processes stop at one step
@@ -72,7 +73,7 @@ def train(
                 saved = time.monotonic()
             if stopped:
                 raise KeyboardInterrupt
-    return run.finish()
+    return run.finish(early)
 
 
 class _Run:
@@ -91,6 +92,11 @@ class _Run:
     ) -> None:
         if config.distillation and teacher is None:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
+        if config.validation.patience and not validation:
+            raise ValueError(
+                "recovery.validation.patience: there is no held-out loss to watch, for no source has rows enough to hold "
+                f"one out at fraction: {config.validation.fraction}; raise it, give more rows, or leave patience out"
+            )
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
         if reason := parallel.refusal(config.adapter.method, self.method.whole_weights):
             raise ValueError(reason)
@@ -122,7 +128,7 @@ class _Run:
         state, config, started = self.state, self.config, time.monotonic()
         before, after = state.tokens, state.tokens + sum(len(row.ids) for row in batch)
         rate = config.learning_rate * schedule(after / config.tokens, config)
-        losses = self._update(batch, rate, after / config.tokens)
+        losses = self._update(batch, rate, 1.0 if last else after / config.tokens)
         self.loss = losses["loss"]
         state.step, state.rows, state.tokens = state.step + 1, state.rows + len(batch), after
         state.labelled += labelled(batch)
@@ -140,10 +146,9 @@ class _Run:
         described = {"config": self._described(), "adapter": self.adapter, "fitted": self.fitted, **asdict(self.state)}
         checkpoints.keep(self.scratch, tensors, described, history.rising(self.state))
 
-    def finish(self) -> dict[str, Any]:
-        """Put the best adapter back and say how it went."""
+    def finish(self, early: bool) -> dict[str, Any]:
+        """Put the best adapter back and say how it went; `early`: before the budget was spent."""
         state = self.state
-        worn_out = history.worn_out(state, self.config.validation.patience)
         if not state.validation or state.validation[-1]["step"] != state.step:
             self._validate()  # a run that took no step, or was stopped at its last one
         if parallel.rank() > 0:
@@ -160,7 +165,7 @@ class _Run:
         trainable = sum(parameter.numel() for parameter in self.parameters.values())
         found = {"processes": parallel.processes(), "sharded": parallel.sharded(), "quantized_base": self.base}
         found |= {"fitted": self.fitted} if self.fitted else {}
-        return {**history.report(self.scratch, state, trainable, len(self.layers), worn_out), **found}
+        return {**history.report(self.scratch, state, trainable, len(self.layers), early), **found}
 
     def _update(self, batch: Sequence[Row], rate: float, share: float) -> dict[str, float]:
         """One optimizer step; returns the batch's loss and the terms it is made of."""

@@ -24,7 +24,7 @@ from recovery.base import Adapter, AdapterConfig, Layer, PositiveInt, Tensors, o
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION, READS = 2, 1
 
 
 class Config(AdapterConfig, frozen=True):
@@ -77,9 +77,10 @@ def _turned(chunks: Tensor) -> Tensor:
     count, side = chunks.shape[-2:]
     pairs = _counted(chunks, side // 2).float()
     angles = _counted(chunks, count).float()[:, None] * 10000.0 ** (-2 * pairs / side)
-    cosine, sine = angles.cos().to(chunks.dtype), angles.sin().to(chunks.dtype)
-    first, second = chunks[..., : side // 2], chunks[..., side // 2 :]
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+    first, second = chunks[..., : side // 2], chunks[..., side // 2 :]  # half of them times float32 is float32
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(chunks.dtype)
 
 
 def _counted(like: Tensor, count: int) -> Tensor:

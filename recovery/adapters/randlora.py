@@ -183,7 +183,7 @@ class Method(Adapter[Config]):
         return cheaper or not is_grad_enabled()  # without gradients it is formed once for many calls
 
     def _merged(self, weight: Tensor) -> Tensor:
-        """W + dW in W's dtype; formed again when lambda, gamma or W are not what they were."""
+        """W + dW in W's dtype; formed again when lambda, gamma or W are not what they were (W: but through `.data`)."""
         from torch import inference_mode
 
         from recovery.products import computing

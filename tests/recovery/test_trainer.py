@@ -338,6 +338,39 @@ def test_patience_ends_a_run_and_the_best_adapter_is_kept(
     assert again["steps"] == report["steps"]
 
 
+def test_a_run_whose_patience_ends_with_its_budget_was_not_stopped(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = iter([4.0, 3.5, 3.0, 2.0, 2.5])
+    monkeypatch.setattr("recovery.train.mean_loss", lambda model, rows: next(losses))
+    config = config_of(tokens=3000, validation={"fraction": 0.1, "times": 4, "patience": 1})
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path)
+    assert [check["loss"] for check in report["validation"]] == [3.5, 3.0, 2.0, 2.5]
+    assert not report["stopped_early"]
+
+
+def test_patience_is_refused_where_nothing_is_held_out(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    few = [(weight, list(examples)[:9]) for weight, examples in SOURCES]
+    config = config_of(validation={"fraction": 0.05, "patience": 1})
+    with pytest.raises(ValueError, match=r"no held-out loss to watch.*fraction: 0\.05"):
+        train(tiny_model, tiny_tokenizer, few, config, tmp_path)
+
+
+def test_increlora_has_its_average_rank_at_the_end_whatever_the_budget_left(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = config_of(tokens=3000, adapter={"method": "increlora", "rank": 4, "until": 1.0})
+    report = train(tiny_model, tiny_tokenizer, SOURCES, config, tmp_path)
+    assert report["tokens"] < 3000
+    used = [module.method.kept["used"].sum() for module in inject.adapted(tiny_model).values()]
+    assert sum(map(float, used)) == 4 * len(used)
+
+
 def copy_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The same model without its adapters."""
     other = copy.deepcopy(model)
