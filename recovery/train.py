@@ -94,7 +94,7 @@ class _Run:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
         if config.validation.patience and not validation:
             raise ValueError(
-                "recovery.validation.patience: there is no held-out loss to watch, for no source has rows enough to hold "
+                "recovery.validation.patience: no held-out loss to watch, for no source has rows enough to hold "
                 f"one out at fraction: {config.validation.fraction}; raise it, give more rows, or leave patience out"
             )
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
