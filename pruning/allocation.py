@@ -5,6 +5,8 @@ all layers' structures together, as FLAP does (arXiv 2312.11983): scores standar
 going first until the parameters they free are the target.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,24 @@ def keep_all(shape: Architecture, layers: list[int] | None = None) -> Kept:
 
 def lowest_layers(scores: Tensor, count: int, config: PruningConfig) -> list[int]:
     """The layers that stay when the `count` lowest-scored unprotected ones go."""
-    first, last = config.protect.first, len(scores) - config.protect.last
-    free = [int(index) for index in torch.argsort(scores, stable=True) if first <= int(index) < last]
+    free = _free(scores, config)
     if count >= len(scores) or count > len(free):
         raise ValueError(f"{count} of {len(scores)} layers cannot go: {len(free)} are unprotected, and one has to stay")
     return sorted(set(range(len(scores))) - set(free[:count]))
 
 
+def _free(scores: Tensor, config: PruningConfig) -> list[int]:
+    """The unprotected layers, lowest score first."""
+    first, last = config.protect.first, len(scores) - config.protect.last
+    return [int(index) for index in torch.argsort(scores, stable=True) if first <= int(index) < last]
+
+
 def keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, surplus: int) -> Kept:
     """The layers that stay when those with the lowest scores go, whose parameters come nearest to `surplus`."""
-    size = sum(shape.layer_parameters(layer) for layer in shape.layers) / len(shape.layers)
-    count = round(surplus / size)
+    sizes = [shape.layer_parameters(layer) for layer in shape.layers]
+    free = _free(scores, config)
+    freed = list(accumulate((sizes[index] for index in (*free, *sorted({*range(len(sizes))} - {*free}))), initial=0))
+    count = min(range(len(freed)), key=lambda number: (abs(freed[number] - surplus), number % 2))  # a tie: as round()
     if count < 1:
         raise ValueError(f"ratio: {config.ratio} is less than half a layer; raise it, or cut widths")
     return keep_all(shape, lowest_layers(scores, count, config))

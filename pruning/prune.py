@@ -114,7 +114,9 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
         ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn
         shapes[0] = replace(first, ffn=ffn, groups=groups)  # layers will differ
     elif "layers" in config.structures:
-        found = keep_layers(left, torch.zeros(len(shapes)), config, parameters - goal)
+        # Where layers are unlike, the smallest first: what the ratio is too low for then, it is too low for.
+        sizes = torch.tensor([left.layer_parameters(each) for each in shapes])
+        found = keep_layers(left, sizes, config, parameters - goal)
         staying = [layer.index for layer in found.layers]
         shapes = [shapes[index] for index in staying]
     else:

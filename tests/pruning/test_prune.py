@@ -21,6 +21,7 @@ from transformers import (
 from pruning import checkpoint, criteria
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
+from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
 from pruning.prune import PruneResult, foresee, prune
 from pruning.statistics import measure
 from pruning.structures import NORMS, count_parameters, decoder_layers
@@ -373,6 +374,21 @@ def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model:
     for steps in (1, 2):
         with pytest.raises(ValueError, match=r"rounded to 64: \d+ parameters too many would go; lower round_to"):
             prune(random_model(intermediate_size=100), ids, config_of("random", ratio=0.01, steps=steps, **settings))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize(("ratio", "gone"), [(0.2, {3, 4}), (0.4, {3, 4, 0}), (0.6, {3, 4, 0, 1})])
+def test_whole_layers_that_are_unlike_go_until_the_ratio_is_nearest(ratio: float, gone: set[int]):
+    layers = {index: {"intermediate_size": 400 if index < 3 else 37} for index in range(5)}
+    model = RegrowForCausalLM(RegrowConfig(**SMALL, num_hidden_layers=5, per_layer_config=layers))
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.mlp.up_proj.weight.fill_(index if index < 3 else 0)  # the small ones have the lowest scores
+    # 44,608 parameters in each of the first three layers, 9,760 in each of the others, of 157,472
+    result = prune(model, None, config_of("magnitude", ratio=ratio, structures=("layers",), shape="free"))
+    assert {*range(5)} - {layer.index for layer in result.kept.layers} == gone
 
 
 def sizes(kind: str) -> list[int]:
