@@ -129,8 +129,19 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
 def _start(original: Architecture, staying: list[int], config: PruningConfig, goal: int) -> Architecture:
     """What widths are cut from: the layers that stay, with the biases that the compensation will add.
 
-    Raises ValueError where the layers that go alone take more than is asked.
+    Raises ValueError where the layers that go alone take more than is asked, and where layers that are alike cannot be
+    made of these.
     """
+    alike = {
+        "uniform": ("widths", {(layer.ffn, layer.groups, layer.heads) for layer in original.layers}),
+        "vllm": ("numbers of heads or groups", {(layer.groups, layer.heads) for layer in original.layers}),
+    }
+    what, found = alike.get(config.shape, ("", set()))
+    if len(found) > 1:
+        raise ValueError(
+            f"shape: {config.shape}: the layers have {len(found)} different {what} already, and would keep differing; "
+            "set shape: free"
+        )
     start = original.with_layers([original.layers[index] for index in staying])
     if config.depth and start.parameters() < goal:
         share = 1 - start.parameters() / original.parameters()

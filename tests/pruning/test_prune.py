@@ -391,6 +391,23 @@ def test_whole_layers_that_are_unlike_go_until_the_ratio_is_nearest(ratio: float
     assert {*range(5)} - {layer.index for layer in result.kept.layers} == gone
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"structures": ("layers",), "ratio": 0.3}, {"depth": {"layers": 1}, "ratio": 0.4}, {"shape": "vllm"}],
+    ids=str,
+)
+def test_layers_that_differ_already_are_no_uniform_model(ids: torch.Tensor, options: dict[str, Any]):
+    said = {**SMALL, "num_hidden_layers": 4, "intermediate_size": 48}
+    other = {"num_key_value_heads": 2} if "shape" in options else {"intermediate_size": 40}
+    model = RegrowForCausalLM(RegrowConfig(**said, per_layer_config={1: other}))
+    settings = config_of("magnitude", **options)
+    entries = {**model.config.to_dict(), "architectures": ["RegrowForCausalLM"]}
+    for attempt in (lambda: foresee(entries, settings), lambda: prune(model, ids % 64, settings)):
+        with pytest.raises(ValueError, match=r"shape: \w+: the layers have 2 different .* set shape: free"):
+            attempt()
+    prune(model, ids % 64, settings.model_copy(update={"shape": "free"}))
+
+
 def sizes(kind: str) -> list[int]:
     return {"hidden": [32], "layers": [4], "ffn": [48] * 4, "attention": [4] * 4, "heads": [8] * 4}[kind]
 
