@@ -217,6 +217,8 @@ def _evaluate(
     settings = {"limit": limit, "add_bos": config.evaluation.add_bos, "protocol": suite.protocol}
     if not suite.fields:
         settings["shots"] = 0  # where a task's own file may say another number
+    if suite.protocol == "B":
+        settings["generation_version"] = 2  # since then penalties of the model's generation_config are not obeyed
     return {**head, "suite": scored.name, "settings": settings, "rows": data}
 
 
