@@ -103,7 +103,10 @@ class PruningConfig(Section):
     @property
     def runs_on_text(self) -> bool:
         """Whether pruning itself, beyond the first statistics, needs calibration text."""
-        return self.steps > 1 or self.compensation.method == "least_squares"
+        from pruning import criteria  # its modules need this one
+
+        measured_again = self.steps > 1 and bool(criteria.statistics(self))
+        return measured_again or self.compensation.method == "least_squares"
 
     @model_validator(mode="before")
     @classmethod

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning import criteria
-from pruning.allocation import allocate, keep_all, keep_layers, lowest_layers, standardise
+from pruning.allocation import allocate, keep_all, keep_layers, lowest_layers, refuse_out_of_reach, standardise
 from pruning.architecture import Architecture
 from pruning.compensation import cut_with
 from pruning.config import PruningConfig
 from pruning.statistics import measure
 from pruning.structures import Kept, KeptLayer, Scores, Vectors, architecture, count_parameters
 from pruning.surgery import target
-from pruning.widths import plan_shapes, shares_of
+from pruning.widths import plan_shapes
 
 Progress = Callable[[int, int, str], None]
 
@@ -108,7 +108,7 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
     left = _start(shape, staying, config, goal)
     shapes, hidden = list(left.layers), shape.hidden
     if config.allocation == "global":
-        shares_of(left, config)  # for what it refuses
+        refuse_out_of_reach(left, config, goal)
         first = shapes[0]
         groups = first.groups - (first.groups > 1 and "attention" in config.structures)
         ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn

@@ -365,8 +365,10 @@ def test_a_global_ranking_of_groups_ends_within_half_a_group(random_model: Any, 
 
 def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model: Any):
     settings = config_of("random", ratio=0.35, shape="gguf", allocation="global", structures=("ffn",))
-    with pytest.raises(ValueError, match=r"with one structure of each kind \(FFN channels rounded to 32\)"):
-        prune(random_model(), None, settings)
+    said = {**random_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    for attempt in (lambda: foresee(said, settings), lambda: prune(random_model(), None, settings)):
+        with pytest.raises(ValueError, match=r"with one structure of each kind \(FFN channels rounded to 32\)"):
+            attempt()
 
 
 def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model: Any, ids: torch.Tensor):
@@ -482,6 +484,14 @@ def test_several_steps_end_where_one_would(
     assert one.report["layers"] == more.report["layers"] or options.get("allocation") == "global"
 
 
+def test_several_steps_need_text_only_where_something_is_measured(random_model: Any):
+    settings = config_of("magnitude", steps=2)
+    assert not settings.runs_on_text
+    assert prune(random_model(), None, settings).report["ratio_reached"] == pytest.approx(0.2, abs=0.005)
+    for options in ({"compensation": "bias"}, {"compensation": "least_squares"}, {"depth": {"layers": 1}}):
+        assert config_of("magnitude", steps=2, **options).runs_on_text
+
+
 @pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden", "ffn")])
 def test_no_step_plans_what_an_earlier_one_has_cut(structures: tuple[str, ...]):
     whole, config = SMOL.parameters(), config_of(structures=structures)
@@ -547,6 +557,7 @@ def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any]
         ("qwen2", {"compensation": "bias"}, "no bias on o_proj and down_proj"),
         ("mistral", {"compensation": "bias", "shape": "free", "allocation": "global"}, "no bias on o_proj"),
         ("qwen3", {"shape": "vllm", "structures": ("ffn",), "allocation": "global"}, "set shape: free, or uniform"),
+        ("llama", {"ratio": 0.9, "shape": "free", "allocation": "global"}, "would leave layers empty"),
         ("llama", {"depth": {"layers": 4}}, "one has to stay"),
         ("llama", {"depth": {"layers": 3}}, r"depth: layers: 3 takes \d+\.\d% of the parameters, more than ratio: 0.2"),
         ("llama", {"structures": ("layers",), "ratio": 0.9}, "of 4 layers cannot go"),
