@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture, LayerShape
-from pruning.config import PruningConfig
+from pruning.config import Kind, PruningConfig
 from pruning.structures import Kept, KeptLayer, Scores
 from pruning.widths import TOLERANCE, half_a_step, left_of, plan_step, shares_of
 
@@ -131,9 +131,9 @@ def refuse_out_of_reach(shape: Architecture, config: PruningConfig, target: int)
     _refuse_surplus(shape.with_layers(least).parameters() - target, _slack(shape, shares, config), config)
 
 
-def _costs(shape: Architecture, layer: LayerShape, config: PruningConfig) -> dict[str, int]:
+def _costs(shape: Architecture, layer: LayerShape, config: PruningConfig) -> dict[Kind, int]:
     """The parameters that one structure of each kind frees."""
-    less = {
+    less: dict[Kind, LayerShape] = {
         "ffn": LayerShape(layer.ffn - 1, layer.groups, layer.heads),
         "attention": LayerShape(layer.ffn, layer.groups - 1, layer.heads),
     }
