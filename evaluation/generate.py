@@ -20,6 +20,13 @@ from evaluation.suites import Suite, load
 BEAMS, NEW_TOKENS = 4, 32
 TOKENS = {"cpu": 4096}  # of one batch: rows x beams x (prompt + new tokens)
 TOKENS_ELSEWHERE = 65536
+# What a model's generation_config may say otherwise, so that all models are asked alike.
+PLAIN: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+}
 Progress = Callable[[int, int, str], None]
 
 
@@ -75,7 +82,7 @@ def generate(
     add_bos: bool | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> tuple[list[str], list[bool]]:
-    """What the model writes after each prompt, without sampling, and whether the prompt lost its beginning.
+    """What the model writes after each prompt, without sampling or penalties, and whether the prompt lost its start.
 
     Prompts of like length are batched, padded on the left and masked, with positions counted from each prompt's first
     token: a batch gives what its prompts give one by one. Raises ValueError where the window holds no prompt.
@@ -108,6 +115,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            **PLAIN,
             pad_token_id=pad,
         )
         for row, index in enumerate(part):

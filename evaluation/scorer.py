@@ -38,7 +38,8 @@ LOGITS = 512  # positions whose logits are held at once
 ATTENTION = {"flat": ("sdpa",), "padded": ("sdpa", "eager")}  # what a model may have chosen: it takes a 4-D mask
 
 Way = Literal["flat", "padded", "alone"]  # rows end to end, rows beside each other, requests as HFLM runs them
-WAYS: "WeakKeyDictionary[Any, Way]" = WeakKeyDictionary()  # models that were tried, and the best way each can
+# Models that were tried, and the best way each can under each of the settings that it hangs on.
+WAYS: "WeakKeyDictionary[Any, dict[tuple[Any, ...], Way]]" = WeakKeyDictionary()
 
 log = logging.getLogger("lm_eval.regrow")
 
@@ -177,12 +178,15 @@ class SharedPrefixLM(HFLM):
 
     def way(self) -> Way:
         """The fastest way that gives this model's own log-likelihoods; tried once, on a few made-up tokens."""
-        if self.model not in WAYS:
+        chosen: str = self.model.config.get_text_config()._attn_implementation
+        asked = (self.max_length, self.device.type, self.model.dtype, self.mixed_precision_dtype, chosen)
+        known = WAYS.setdefault(self.model, {})
+        if asked not in known:
             ways: list[Way] = ["flat", "padded", "alone"] if self.device.type == "cpu" else ["padded", "alone"]
-            WAYS[self.model] = next(way for way in ways if way == "alone" or self._goes_well(way))
-            if WAYS[self.model] == "alone":
+            known[asked] = next(way for way in ways if way == "alone" or self._goes_well(way))
+            if known[asked] == "alone":
                 log.warning("regrow: this model cannot run shared prefixes; requests are run one by one, as HFLM does")
-        return WAYS[self.model]
+        return known[asked]
 
     @torch.inference_mode()
     def _goes_well(self, way: Way) -> bool:

@@ -151,14 +151,17 @@ def _prune(config: RunConfig, sources: Sources, dense: dict[str, Any], statistic
     method = criteria.load(config.pruning.method)
     # Calibration text is part of the statistics' keys; here only what pruning itself runs on it counts.
     text = config.calibration if config.pruning.runs_on_text else None
-    # Since version 2 only this has changed: added biases count in the ratio, and several steps end where one does.
+    # Since version 2 only this has changed: added biases count in the ratio, several steps end where one does, and
+    # layers that are unlike are counted by their own sizes.
     biased = {"bias_version": 2} if config.pruning.compensation.method == "bias" else {}
     stepped = {"steps_version": 2} if config.pruning.steps > 1 else {}
+    unlike = "layers" in config.pruning.structures and config.pruning.shape != "uniform"
     depth = config.pruning.depth
     return {
         **_head("prune"),
         **biased,
         **stepped,
+        **({"layers_version": 2} if unlike else {}),
         **({"depth_version": criteria.load(depth.method).VERSION} if depth else {}),
         "method_version": method.VERSION,
         "config": config.pruning.model_dump(mode="json"),
@@ -214,6 +217,8 @@ def _evaluate(
     settings = {"limit": limit, "add_bos": config.evaluation.add_bos, "protocol": suite.protocol}
     if not suite.fields:
         settings["shots"] = 0  # where a task's own file may say another number
+    if suite.protocol == "B":
+        settings["generation_version"] = 2  # since then penalties of the model's generation_config are not obeyed
     return {**head, "suite": scored.name, "settings": settings, "rows": data}
 
 

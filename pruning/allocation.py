@@ -5,11 +5,13 @@ all layers' structures together, as FLAP does (arXiv 2312.11983): scores standar
 going first until the parameters they free are the target.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture, LayerShape
-from pruning.config import PruningConfig
+from pruning.config import Kind, PruningConfig
 from pruning.structures import Kept, KeptLayer, Scores
 from pruning.widths import TOLERANCE, half_a_step, left_of, plan_step, shares_of
 
@@ -51,17 +53,24 @@ def keep_all(shape: Architecture, layers: list[int] | None = None) -> Kept:
 
 def lowest_layers(scores: Tensor, count: int, config: PruningConfig) -> list[int]:
     """The layers that stay when the `count` lowest-scored unprotected ones go."""
-    first, last = config.protect.first, len(scores) - config.protect.last
-    free = [int(index) for index in torch.argsort(scores, stable=True) if first <= int(index) < last]
+    free = _free(scores, config)
     if count >= len(scores) or count > len(free):
         raise ValueError(f"{count} of {len(scores)} layers cannot go: {len(free)} are unprotected, and one has to stay")
     return sorted(set(range(len(scores))) - set(free[:count]))
 
 
+def _free(scores: Tensor, config: PruningConfig) -> list[int]:
+    """The unprotected layers, lowest score first."""
+    first, last = config.protect.first, len(scores) - config.protect.last
+    return [int(index) for index in torch.argsort(scores, stable=True) if first <= int(index) < last]
+
+
 def keep_layers(shape: Architecture, scores: Tensor, config: PruningConfig, surplus: int) -> Kept:
     """The layers that stay when those with the lowest scores go, whose parameters come nearest to `surplus`."""
-    size = sum(shape.layer_parameters(layer) for layer in shape.layers) / len(shape.layers)
-    count = round(surplus / size)
+    sizes = [shape.layer_parameters(layer) for layer in shape.layers]
+    free = _free(scores, config)
+    freed = list(accumulate((sizes[index] for index in (*free, *sorted({*range(len(sizes))} - {*free}))), initial=0))
+    count = min(range(len(freed)), key=lambda number: (abs(freed[number] - surplus), number % 2))  # a tie: as round()
     if count < 1:
         raise ValueError(f"ratio: {config.ratio} is less than half a layer; raise it, or cut widths")
     return keep_all(shape, lowest_layers(scores, count, config))
@@ -77,13 +86,8 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
     for index, layer in enumerate(shape.layers):
         if not shares[index]:
             continue
-        whole = shape.layer_parameters(layer)
-        less = {
-            "ffn": LayerShape(layer.ffn - 1, layer.groups, layer.heads),
-            "attention": LayerShape(layer.ffn, layer.groups - 1, layer.heads),
-        }
-        for kind in config.structures:
-            values, cost = scores[kind][index].double(), whole - shape.layer_parameters(less[kind])
+        for kind, cost in _costs(shape, layer, config).items():
+            values = scores[kind][index].double()
             best = int(values.argmax())
             order += [(float(v), cost, index, kind, n) for n, v in enumerate(values) if n != best]
     surplus = shape.parameters() - target
@@ -101,22 +105,61 @@ def _rank_globally(shape: Architecture, scores: Scores, config: PruningConfig, t
         groups = [unit for unit in range(layer.groups) if (index, "attention", unit) not in gone]
         heads = [group * layer.heads + head for group in groups for head in range(layer.heads)]
         layers.append(KeptLayer(index, ffn, groups, heads))
-    left = shape.with_layers([layer.shape for layer in layers])
-    surplus, half = left.parameters() - target, max((cost for _, cost, *_ in order), default=0) / 2
-    slack = max(TOLERANCE * shape.parameters(), half_a_step(shape, shares, config))
-    slack = max(slack, half)  # half a structure is what ranking itself may take too much or too little
+    surplus = shape.with_layers([layer.shape for layer in layers]).parameters() - target
+    slack = _slack(shape, shares, config)
     if last and -surplus > slack:
         raise ValueError(
             f"ratio: {config.ratio} cannot be reached with FFN channels rounded to {config.round_to}: {-surplus} "
             "parameters too many would go; lower round_to"
         )
-    if last and surplus > slack:
+    if last:
+        _refuse_surplus(surplus, slack, config)
+    return Kept(layers, list(range(shape.hidden)))
+
+
+def refuse_out_of_reach(shape: Architecture, config: PruningConfig, target: int) -> None:
+    """Raises ValueError where a global ranking of any scores leaves more than `target`, and where nothing can go."""
+    shares, kinds = shares_of(shape, config), config.structures
+    least = [
+        LayerShape(
+            config.round_to if share and "ffn" in kinds else layer.ffn,
+            1 if share and "attention" in kinds else layer.groups,
+            layer.heads,
+        )
+        for layer, share in zip(shape.layers, shares, strict=True)
+    ]
+    _refuse_surplus(shape.with_layers(least).parameters() - target, _slack(shape, shares, config), config)
+
+
+def _costs(shape: Architecture, layer: LayerShape, config: PruningConfig) -> dict[Kind, int]:
+    """The parameters that one structure of each kind frees."""
+    less: dict[Kind, LayerShape] = {
+        "ffn": LayerShape(layer.ffn - 1, layer.groups, layer.heads),
+        "attention": LayerShape(layer.ffn, layer.groups - 1, layer.heads),
+    }
+    return {kind: shape.layer_parameters(layer) - shape.layer_parameters(less[kind]) for kind in config.structures}
+
+
+def _slack(shape: Architecture, shares: list[float], config: PruningConfig) -> float:
+    """What a global ranking may miss its target by: half a structure, where that is most."""
+    layers = [layer for layer, share in zip(shape.layers, shares, strict=True) if share]
+    costs = [
+        cost
+        for layer in layers
+        for kind, cost in _costs(shape, layer, config).items()
+        if (layer.ffn if kind == "ffn" else layer.groups) > 1
+    ]
+    half = max(costs, default=0) / 2
+    return max(TOLERANCE * shape.parameters(), half_a_step(shape, shares, config), half)
+
+
+def _refuse_surplus(surplus: int, slack: float, config: PruningConfig) -> None:
+    if surplus > slack:
         rounded = f" (FFN channels rounded to {config.round_to})" if config.round_to > 1 else ""
         raise ValueError(
             f"ratio: {config.ratio} would leave layers empty: {surplus} parameters too many stay with one structure of "
             f"each kind{rounded} in every unprotected layer; lower it, or protect fewer layers"
         )
-    return Kept(layers, list(range(shape.hidden)))
 
 
 def standardise(scores: Scores) -> Scores:

@@ -118,7 +118,13 @@ def _refit(
             for output, h, k in zip(outputs, before, pruned, strict=True):
                 y, drifted = (part if cutter.hidden is None else part[..., cutter.hidden] for part in (output, h))
                 targets.append(y + compensation.drift * (drifted.to(y.device) - k.to(y.device)))
-            _fit(linear, inputs, targets, compensation.ridge)
+            try:
+                _fit(linear, inputs, targets, compensation.ridge)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"compensation: ridge: {compensation.ridge} is too small for the calibration text to settle the "
+                    f"weights of layers.{index}.{name}; raise it, or give more samples; nothing was saved"
+                ) from error
             before = [hidden.to(output.device) + output for hidden, output in zip(before, outputs, strict=True)]
             pruned = [hidden.to(x.device) + linear(x) for hidden, x in zip(pruned, inputs, strict=True)]
         give_back()

@@ -78,10 +78,10 @@ class PruningConfig(Section):
     `structures`: `ffn` channels, `attention` groups (a key-value head with its query heads), query `heads` (the same
     number from every group), `hidden` channels (one width for the whole model) or whole `layers`.
     `shape: uniform` gives every layer the same widths, so that stock transformers load the result; `free` lets layers
-    differ, and needs the modeling file that is saved beside the weights; `vllm` lets FFN widths differ and keeps
-    attention alike, as vLLM's block_configs want it (of Llama, and Mistral without a window); `gguf` is free, with
-    widths that are a multiple of 32, the block of llama.cpp's 4- and 8-bit types, unless `round_to` says otherwise (256
-    is the block of its K-quants).
+    differ (where they do already, nothing else will do), and needs the modeling file that is saved beside the weights;
+    `vllm` lets FFN widths differ and keeps attention alike, as vLLM's block_configs want it (of Llama, and Mistral
+    without a window); `gguf` is free, with widths that are a multiple of 32, the block of llama.cpp's 4- and 8-bit
+    types, unless `round_to` says otherwise (256 is the block of its K-quants).
     `allocation: uniform` takes the same fraction from every layer, `global` ranks the structures of all layers
     together, a list gives each layer's relative share.
     """
@@ -103,7 +103,10 @@ class PruningConfig(Section):
     @property
     def runs_on_text(self) -> bool:
         """Whether pruning itself, beyond the first statistics, needs calibration text."""
-        return self.steps > 1 or self.compensation.method == "least_squares"
+        from pruning import criteria  # its modules need this one
+
+        measured_again = self.steps > 1 and bool(criteria.statistics(self))
+        return measured_again or self.compensation.method == "least_squares"
 
     @model_validator(mode="before")
     @classmethod

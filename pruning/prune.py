@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning import criteria
-from pruning.allocation import allocate, keep_all, keep_layers, lowest_layers, standardise
+from pruning.allocation import allocate, keep_all, keep_layers, lowest_layers, refuse_out_of_reach, standardise
 from pruning.architecture import Architecture
 from pruning.compensation import cut_with
 from pruning.config import PruningConfig
 from pruning.statistics import measure
 from pruning.structures import Kept, KeptLayer, Scores, Vectors, architecture, count_parameters
 from pruning.surgery import target
-from pruning.widths import plan_shapes, shares_of
+from pruning.widths import plan_shapes
 
 Progress = Callable[[int, int, str], None]
 
@@ -108,13 +108,15 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
     left = _start(shape, staying, config, goal)
     shapes, hidden = list(left.layers), shape.hidden
     if config.allocation == "global":
-        shares_of(left, config)  # for what it refuses
+        refuse_out_of_reach(left, config, goal)
         first = shapes[0]
         groups = first.groups - (first.groups > 1 and "attention" in config.structures)
         ffn = max(1, first.ffn - config.round_to) if "ffn" in config.structures else first.ffn
         shapes[0] = replace(first, ffn=ffn, groups=groups)  # layers will differ
     elif "layers" in config.structures:
-        found = keep_layers(left, torch.zeros(len(shapes)), config, parameters - goal)
+        # Where layers are unlike, the smallest first: what the ratio is too low for then, it is too low for.
+        sizes = torch.tensor([left.layer_parameters(each) for each in shapes])
+        found = keep_layers(left, sizes, config, parameters - goal)
         staying = [layer.index for layer in found.layers]
         shapes = [shapes[index] for index in staying]
     else:
@@ -127,8 +129,19 @@ def foresee(said: dict[str, Any], config: PruningConfig) -> dict[str, Any]:
 def _start(original: Architecture, staying: list[int], config: PruningConfig, goal: int) -> Architecture:
     """What widths are cut from: the layers that stay, with the biases that the compensation will add.
 
-    Raises ValueError where the layers that go alone take more than is asked.
+    Raises ValueError where the layers that go alone take more than is asked, and where layers that are alike cannot be
+    made of these.
     """
+    alike = {
+        "uniform": ("widths", {(layer.ffn, layer.groups, layer.heads) for layer in original.layers}),
+        "vllm": ("numbers of heads or groups", {(layer.groups, layer.heads) for layer in original.layers}),
+    }
+    what, found = alike.get(config.shape, ("", set()))
+    if len(found) > 1:
+        raise ValueError(
+            f"shape: {config.shape}: the layers have {len(found)} different {what} already, and would keep differing; "
+            "set shape: free"
+        )
     start = original.with_layers([original.layers[index] for index in staying])
     if config.depth and start.parameters() < goal:
         share = 1 - start.parameters() / original.parameters()

@@ -4,7 +4,7 @@ Paper: arXiv 2403.10799. Its equations are not published in reach; this is our c
 importance of single weights (fine) and of whole structures (coarse), fused by an attention between the two. Within one
 layer and kind, over structures i, with w a weight, g its gradient, h the mean squared per-sample gradient:
 
-    F_i = sum over the structure's weights of |w g - 0.5 w h w|      C_i = sum over its rows and columns of |sum of w g|
+    F_i = sum over the structure's weights of |w g - 0.5 w h w|      C_i = sum over its tensors of |sum of w g|
     u = standardised log F,  v = standardised log C                  (1e-12 of the layer's maximum added before the log)
     c = (u + v) / 2          (a, b) = softmax(c u / tau, c v / tau)  score = a u + b v
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from pruning.architecture import Architecture
     from pruning.structures import Scores, Vectors
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(PruningConfig):
@@ -52,12 +53,27 @@ def scores(model: PreTrainedModel, statistics: Vectors, config: Config) -> Score
         return {n.replace(f".{kind}.", "."): v for n, v in statistics.items() if f".{kind}." in n}
 
     fine = couple(sums("mixed" if config.curvature else "absolute"), shape, config.structures)
-    signed = {name: values.abs() for name, values in sums("signed").items()}
-    coarse = couple(signed, shape, config.structures)
+    signed = sums("signed")
     return {
-        kind: [fuse(f, c, config.temperature) for f, c in zip(fine[kind], coarse[kind], strict=True)]
+        kind: [
+            fuse(values, _coarse(signed, index, kind, shape), config.temperature)
+            for index, values in enumerate(fine[kind])
+        ]
         for kind in config.structures
     }
+
+
+def _coarse(signed: Vectors, index: int, kind: str, shape: Architecture) -> Tensor:
+    """|sum of w g| of each tensor's part in a structure, summed over the tensors, [structures] of one layer."""
+    import torch
+
+    from pruning.structures import ATTENTION, FFN, WRITERS
+
+    names = {"ffn": FFN, "attention": ATTENTION, "heads": (ATTENTION[0], ATTENTION[3])}[kind]
+    layer = shape.layers[index]
+    count = {"ffn": layer.ffn, "attention": layer.groups, "heads": layer.groups * layer.heads}[kind]
+    parts = [f"layers.{index}.{n}.{'columns' if n in WRITERS else 'rows'}" for n in names]
+    return torch.stack([signed[part].view(count, -1).sum(1).abs() for part in parts]).sum(0)
 
 
 def fuse(fine: Tensor, coarse: Tensor, temperature: float) -> Tensor:

@@ -183,6 +183,17 @@ def test_an_unknown_suite_names_the_nearest():
         ("arc_easy", {"choices": {"text": ["a"], "label": []}}, "needs as many `text` as `label`"),
         ("arc_easy", {"answerKey": "Z"}, "row 2: answerKey is 'Z', not one of A"),
         ("piqa", {"label": 2}, "row 2: label is 2, not one of 0, 1"),
+        # What lm-eval's templates cannot ask, or would ask as something else.
+        ("hellaswag", {"endings": ["a", "b", "c"], "label": "3"}, "row 2: label is '3', not one of 0, 1, 2"),
+        ("hellaswag", {"endings": [1, 2, 3, 4]}, "row 2: field 'endings' has a choice that is no text"),
+        ("arc_easy", {"choices": {"text": [1], "label": ["A"]}}, "row 2: field 'choices' has a choice that is no text"),
+        ("winogrande", {"sentence": "Bo lost."}, "row 2: field 'sentence' has no _ for the answer"),
+        ("commonsense_qa", {"choices": THREE}, "row 2: choices.label is not A, B, C, D, E, in this order"),
+        ("copa", {"question": "why"}, "row 2: question is 'why', not one of cause, effect"),
+        ("synthetic_questions", {"label": 7}, "row 2: label is 7, not one of 0, 1, 2, 3"),
+        ("synthetic_questions", {"label": -1}, "row 2: label is -1, not one of 0, 1, 2, 3"),
+        ("synthetic_questions", {"choices": []}, "row 2: field 'choices' has no choices"),
+        ("synthetic_sentences", {"choices": [1, 2]}, "row 2: field 'choices' has a choice that is no text"),
     ],
 )
 def test_bad_rows_are_named_by_line_and_field(name: str, change: dict[str, Any], message: str):

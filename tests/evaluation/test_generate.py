@@ -97,6 +97,16 @@ def test_batches_generate_what_single_prompts_do(beams: int, tiny_model: LlamaFo
         assert text == tiny_tokenizer.decode(alone[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_penalties_of_the_models_own_config_are_not_obeyed(
+    beams: int, tiny_model: LlamaForCausalLM, tiny_tokenizer: Any
+):
+    plain, _ = generate(tiny_model, tiny_tokenizer, ["the cat", "a dog"], 12, beams)
+    said = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "length_penalty": -5.0, "early_stopping": True}
+    tiny_model.generation_config.update(**said)
+    assert generate(tiny_model, tiny_tokenizer, ["the cat", "a dog"], 12, beams)[0] == plain
+
+
 def test_prompts_longer_than_the_window_are_cut_and_told(tiny_model: LlamaForCausalLM, tiny_tokenizer: Any):
     _, cut = generate(tiny_model, tiny_tokenizer, ["x" * 300, "x"], 8)
     assert cut == [True, False]

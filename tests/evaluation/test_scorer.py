@@ -160,11 +160,12 @@ def test_non_uniform_and_16_bit_and_eager_models_pack(tiny_model: LlamaForCausal
     said = {name: getattr(tiny_model.config, name) for name in names.split()}
     first = {"intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
     layers = {0: first, 1: {"intermediate_size": 31}}
-    for own in (RegrowForCausalLM, RegrowQwen2ForCausalLM, RegrowQwen3ForCausalLM):
+    for made in (RegrowForCausalLM, RegrowQwen2ForCausalLM, RegrowQwen3ForCausalLM):
         torch.manual_seed(1)
-        model: Any = own(own.config_class(**said, per_layer_config=layers)).eval()
-        agree(*pair(model, tiny_tokenizer), items(random.Random(3)))
-        assert scorer.WAYS[model] == "flat"
+        model: Any = made(made.config_class(**said, per_layer_config=layers)).eval()
+        own, reference = pair(model, tiny_tokenizer)
+        agree(own, reference, items(random.Random(3)))
+        assert own.way() == "flat"
         assert model.config._attn_implementation == "sdpa"
     tiny_model.set_attn_implementation("eager")
     agree(*pair(tiny_model, tiny_tokenizer), items(random.Random(4)))
@@ -191,6 +192,8 @@ def test_models_that_cannot_pack_run_as_hflm_runs_them(tiny_tokenizer: Any):
         RegrowMistralConfig(**size, **narrow, sliding_window=16, max_position_embeddings=256)
     ).eval()
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, max_position_embeddings=256)).eval()
+    short, _ = pair(sliding, tiny_tokenizer, max_length=10)
+    assert short.way() == "flat"  # the window holds all that is asked: it says nothing of longer requests
     for model, way in ((sliding, "alone"), (free, "alone"), (neox, "flat")):
         own, reference = pair(model, tiny_tokenizer)
         arguments = items(random.Random(5))

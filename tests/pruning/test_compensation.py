@@ -88,6 +88,11 @@ def test_the_ridge_is_the_one_that_serves_windows_it_was_not_fitted_to(monkeypat
     assert chosen == [best]
 
 
+def test_a_ridge_that_is_too_small_is_named_with_its_projection(random_model: Any, ids: torch.Tensor):
+    with pytest.raises(ValueError, match=r"ridge: 1e-12 is too small .* layers\.0\.\w+\.\w+; raise it"):
+        pruned(random_model(), ids[:, :4], compensation={"method": "least_squares", "ridge": 1e-12})
+
+
 def test_few_windows_cannot_judge_a_ridge(random_model: Any, ids: torch.Tensor):
     with pytest.raises(ValueError, match="there are only 3; raise samples, or give ridge a number"):
         pruned(random_model(), ids, compensation="least_squares")

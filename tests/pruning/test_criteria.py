@@ -221,9 +221,23 @@ def test_hywia_fuses_fine_and_coarse():
 
 
 def test_hywia_scores_come_from_the_taylor_sums(tiny_model: LlamaForCausalLM):
-    fine = scores_of(tiny_model, "llm_pruner", taylor="param_mix")
-    coarse = scores_of(tiny_model, "llm_pruner", taylor="vectorize")
-    found = scores_of(tiny_model, "hywia")
-    for kind in ("ffn", "attention"):
-        want = fuse(fine[kind][1], coarse[kind][1], 1.0)
-        torch.testing.assert_close(found[kind][1], want, rtol=1e-3, atol=1e-4)
+    kinds = ("ffn", "attention", "heads")
+    fine = scores_of(tiny_model, "llm_pruner", taylor="param_mix", structures=kinds)
+    found = scores_of(tiny_model, "hywia", structures=kinds)
+    layer, g, size = tiny_model.model.layers[1], gradients(tiny_model, IDS), tiny_model.config.head_dim
+
+    def parts(name: str, rows: int, along: int) -> list[float]:
+        """|sum of w g| over each block of so many rows (or columns), with both signs in one sum."""
+        salience = layer.get_submodule(name).weight.detach() * g[f"model.layers.1.{name}.weight"]
+        return [float(block.sum().abs()) for block in salience.split(rows, dim=along)]
+
+    q, k, v, o = (f"self_attn.{letter}_proj" for letter in "qkvo")
+    shared = 2 * size  # two query heads read one group
+    tensors = {
+        "ffn": (("mlp.gate_proj", 1, 0), ("mlp.up_proj", 1, 0), ("mlp.down_proj", 1, 1)),
+        "attention": ((q, shared, 0), (o, shared, 1), (k, size, 0), (v, size, 0)),
+        "heads": ((q, size, 0), (o, size, 1)),
+    }
+    for kind in kinds:
+        coarse = torch.tensor([parts(*each) for each in tensors[kind]]).sum(0)
+        torch.testing.assert_close(found[kind][1], fuse(fine[kind][1], coarse, 1.0), rtol=1e-3, atol=1e-3)

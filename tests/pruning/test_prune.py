@@ -21,6 +21,7 @@ from transformers import (
 from pruning import checkpoint, criteria
 from pruning.architecture import Architecture, LayerShape
 from pruning.config import PruningConfig
+from pruning.modeling_regrow import RegrowConfig, RegrowForCausalLM
 from pruning.prune import PruneResult, foresee, prune
 from pruning.statistics import measure
 from pruning.structures import NORMS, count_parameters, decoder_layers
@@ -364,8 +365,10 @@ def test_a_global_ranking_of_groups_ends_within_half_a_group(random_model: Any, 
 
 def test_a_global_ranking_is_refused_where_rounding_leaves_too_much(random_model: Any):
     settings = config_of("random", ratio=0.35, shape="gguf", allocation="global", structures=("ffn",))
-    with pytest.raises(ValueError, match=r"with one structure of each kind \(FFN channels rounded to 32\)"):
-        prune(random_model(), None, settings)
+    said = {**random_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    for attempt in (lambda: foresee(said, settings), lambda: prune(random_model(), None, settings)):
+        with pytest.raises(ValueError, match=r"with one structure of each kind \(FFN channels rounded to 32\)"):
+            attempt()
 
 
 def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model: Any, ids: torch.Tensor):
@@ -373,6 +376,38 @@ def test_a_global_ranking_is_refused_where_rounding_takes_too_much(random_model:
     for steps in (1, 2):
         with pytest.raises(ValueError, match=r"rounded to 64: \d+ parameters too many would go; lower round_to"):
             prune(random_model(intermediate_size=100), ids, config_of("random", ratio=0.01, steps=steps, **settings))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize(("ratio", "gone"), [(0.2, {3, 4}), (0.4, {3, 4, 0}), (0.6, {3, 4, 0, 1})])
+def test_whole_layers_that_are_unlike_go_until_the_ratio_is_nearest(ratio: float, gone: set[int]):
+    layers = {index: {"intermediate_size": 400 if index < 3 else 37} for index in range(5)}
+    model = RegrowForCausalLM(RegrowConfig(**SMALL, num_hidden_layers=5, per_layer_config=layers))
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.mlp.up_proj.weight.fill_(index if index < 3 else 0)  # the small ones have the lowest scores
+    # 44,608 parameters in each of the first three layers, 9,760 in each of the others, of 157,472
+    result = prune(model, None, config_of("magnitude", ratio=ratio, structures=("layers",), shape="free"))
+    assert {*range(5)} - {layer.index for layer in result.kept.layers} == gone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"structures": ("layers",), "ratio": 0.3}, {"depth": {"layers": 1}, "ratio": 0.4}, {"shape": "vllm"}],
+    ids=str,
+)
+def test_layers_that_differ_already_are_no_uniform_model(ids: torch.Tensor, options: dict[str, Any]):
+    said = {**SMALL, "num_hidden_layers": 4, "intermediate_size": 48}
+    other = {"num_key_value_heads": 2} if "shape" in options else {"intermediate_size": 40}
+    model = RegrowForCausalLM(RegrowConfig(**said, per_layer_config={1: other}))
+    settings = config_of("magnitude", **options)
+    entries = {**model.config.to_dict(), "architectures": ["RegrowForCausalLM"]}
+    for attempt in (lambda: foresee(entries, settings), lambda: prune(model, ids % 64, settings)):
+        with pytest.raises(ValueError, match=r"shape: \w+: the layers have 2 different .* set shape: free"):
+            attempt()
+    prune(model, ids % 64, settings.model_copy(update={"shape": "free"}))
 
 
 def sizes(kind: str) -> list[int]:
@@ -449,6 +484,14 @@ def test_several_steps_end_where_one_would(
     assert one.report["layers"] == more.report["layers"] or options.get("allocation") == "global"
 
 
+def test_several_steps_need_text_only_where_something_is_measured(random_model: Any):
+    settings = config_of("magnitude", steps=2)
+    assert not settings.runs_on_text
+    assert prune(random_model(), None, settings).report["ratio_reached"] == pytest.approx(0.2, abs=0.005)
+    for options in ({"compensation": "bias"}, {"compensation": "least_squares"}, {"depth": {"layers": 1}}):
+        assert config_of("magnitude", steps=2, **options).runs_on_text
+
+
 @pytest.mark.parametrize("structures", [("ffn", "attention"), ("ffn", "heads"), ("hidden", "ffn")])
 def test_no_step_plans_what_an_earlier_one_has_cut(structures: tuple[str, ...]):
     whole, config = SMOL.parameters(), config_of(structures=structures)
@@ -514,6 +557,7 @@ def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any]
         ("qwen2", {"compensation": "bias"}, "no bias on o_proj and down_proj"),
         ("mistral", {"compensation": "bias", "shape": "free", "allocation": "global"}, "no bias on o_proj"),
         ("qwen3", {"shape": "vllm", "structures": ("ffn",), "allocation": "global"}, "set shape: free, or uniform"),
+        ("llama", {"ratio": 0.9, "shape": "free", "allocation": "global"}, "would leave layers empty"),
         ("llama", {"depth": {"layers": 4}}, "one has to stay"),
         ("llama", {"depth": {"layers": 3}}, r"depth: layers: 3 takes \d+\.\d% of the parameters, more than ratio: 0.2"),
         ("llama", {"structures": ("layers",), "ratio": 0.9}, "of 4 layers cannot go"),
