@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from pipeline import __version__, command_options, evaluation_commands, format_commands
-from pipeline.errors import RegrowError
+from pipeline.errors import ConfigError, RegrowError
 
 STAGES = ("statistics", "prune", "teacher", "recover", "merge", "evaluate", "export")
 Command = Callable[..., Any]
@@ -231,6 +231,13 @@ def show_command(key: str, store: Path) -> None:
     click.echo(json.dumps({"path": str(artifact.path), **artifact.manifest}, indent=1, ensure_ascii=False))
 
 
+def _there(store: Path) -> Path:
+    """The store's folder. Raises ConfigError where there is none: a name misspelt would look like one that is empty."""
+    if not store.is_dir():
+        raise ConfigError(f"store {store}: no such folder; name the store's with --store")
+    return store
+
+
 @main.command("verify")
 @click.argument("key", required=False)
 @command_options.store
@@ -238,7 +245,7 @@ def verify_command(key: str | None, store: Path) -> None:
     """Check the files of one artifact, or of all, against their manifests."""
     from pipeline.store import Store
 
-    shelf = Store(store)
+    shelf = Store(_there(store))
     folders = [shelf.by_key(key).path] if key else shelf.finished()
     bad = 0
     for folder in folders:
@@ -259,7 +266,7 @@ def gc_command(dry_run: bool, vanished: bool, store: Path) -> None:
     from pipeline import garbage
     from pipeline.store import Store
 
-    shelf = Store(store)
+    shelf = Store(_there(store))
     for folder in [] if vanished else garbage.vanished_runs(shelf):
         click.echo(f"{folder} is not there (deleted, or moved?): what that run used is kept; --vanished removes it")
     removed = garbage.collect(shelf, dry_run, vanished)

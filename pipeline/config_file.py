@@ -55,7 +55,7 @@ def read(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"{path}: no such config file; shipped ones are {', '.join(names)}")
         path = shipped
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        data = _parsed(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_yaml_problem(error)}") from error
     except UnicodeDecodeError as error:
@@ -174,7 +174,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     if not equals or not path:
         raise ConfigError(f"--set {text}: write it as key.path=value, as in recovery.adapter.rank=16")
     try:
-        parsed = yaml.load(value, _UniqueKeys)
+        parsed = _parsed(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: not a YAML value: {_yaml_problem(error)}") from error
     current: Any = data
@@ -195,6 +195,13 @@ def _override(data: dict[str, Any], text: str) -> None:
             current[step] = parsed
         else:
             current = current[step]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply to be read; a config has a few levels") from error
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

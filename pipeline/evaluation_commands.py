@@ -76,7 +76,7 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
     @click.option("--new", type=click.IntRange(2), default=32, show_default=True, help="Tokens to generate.")
     @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
     @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-    @click.option("--threads", type=click.IntRange(1))
+    @click.option("--threads", type=click.IntRange(1, 1024))  # as runtime.threads
     @dtype
     @device
     @command_options.store
@@ -107,7 +107,8 @@ def add(main: click.Group, run_config: Callable[..., None], show: Callable[..., 
         for number, prompt in enumerate(found["prompts"] if not as_json else []):
             click.echo(f"\n> {prompt}")
             for name, measured in found["models"].items():
-                click.echo(f"[{name}] {measured['texts'][number].strip()}")
+                cut = ": longer than its window, went on from the end alone" if measured["truncated"][number] else ""
+                click.echo(f"[{name}{cut}] {measured['texts'][number].strip()}")
 
     @main.command("compare")
     @click.argument("first", metavar="A")
@@ -248,7 +249,9 @@ def _side(argument: str, store: Store) -> tuple[str, Scores]:
 def _of_results(argument: str, path: Path, model: str) -> tuple[str, Scores]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        models, stages = list(results["models"]), results["stages"]
+        models, run = list(results["models"]), results["name"]
+        scored = [entry for entry in results["stages"] if entry["stage"] == "evaluate"]
+        places = [(entry["model"], entry["suite"], Path(entry["path"])) for entry in scored]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"compare {argument}: {path} is not a run's results.json") from error
     if model and model not in models:
@@ -256,6 +259,9 @@ def _of_results(argument: str, path: Path, model: str) -> tuple[str, Scores]:
     if not models:
         raise ConfigError(f"compare {argument}: nothing was scored in {path}")
     chosen = model or models[-1]
-    scored = [entry for entry in stages if entry["stage"] == "evaluate" and entry["model"] == chosen]
-    places = {entry["suite"]: Path(entry["path"]) / ITEMS for entry in scored}
-    return f"{results['name']}:{chosen}", {name: place for name, place in places.items() if place.is_file()}
+    folders = {suite: folder for owner, suite, folder in places if owner == chosen}
+    if gone := next((folder for folder in folders.values() if not folder.is_dir()), None):
+        remedy = "run its config again, or move the store back"
+        raise ConfigError(f"compare {argument}: {gone}, which {path} names, is not there; {remedy}")
+    found = {suite: folder / ITEMS for suite, folder in folders.items()}
+    return f"{run}:{chosen}", {suite: place for suite, place in found.items() if place.is_file()}

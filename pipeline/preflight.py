@@ -4,16 +4,17 @@ A failure here costs seconds and leaves nothing behind; the same failure an hour
 """
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from evaluation import suites
 from pipeline import processes, rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
-from pipeline.plan import shape_of
 from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources, described
 from pipeline.steps import Step
+from pruning.architecture import Architecture
 from pruning.config import SERVED
 from recovery import adapters, saved, targets
 from recovery.data import Example, hold_out
@@ -37,6 +38,8 @@ def check(config: RunConfig, missing: list[Step], sources: Sources) -> None:
         check_targets(config, sources)
     if scored or stages & {"teacher", "recover"}:
         check_tokenizer(config.model.source, sources)
+    elif stages & {"statistics", "prune", "merge"}:
+        _tokenizer(config.model.source, sources)
     if config.recovery and stages & {"teacher", "recover", "merge"}:
         check_teacher(config, sources)
         check_data(config, sources)
@@ -101,12 +104,17 @@ def check_adapter(config: RunConfig, spec: str, sources: Sources) -> None:
 
 
 def check_pruning(config: RunConfig, sources: Sources) -> None:
-    """Refuse a ratio, shape or compensation that the model's config alone shows to be impossible."""
-    from pruning.prune import foresee  # torch comes in here, as something has to be built
+    """Refuse a ratio, shape or compensation that the model's config alone shows to be impossible, and GPUs that are not
+    there."""
+    import torch  # here, as something has to be built
+
+    from pruning.prune import foresee
 
     assert config.pruning is not None
+    if config.runtime.placement == "spread" and not torch.cuda.is_available():
+        remedy = "set it to whole or offload"
+        raise ConfigError(f"runtime.placement: spread: torch {torch.__version__} sees no GPU here; {remedy}")
     said = _described(config.model.source, sources)
-    shape_of(config, said)
     try:
         foresee(said, config.pruning)
     except ValueError as error:
@@ -210,6 +218,11 @@ def check_leaks(config: RunConfig, sources: Sources) -> None:
             raise ConfigError(f"{place}: {len(both)} questions or texts of {part.suite} are also scored; {remedy}")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has files of a tokenizer."""
+    return any(file for pattern in ("tokenizer*", "vocab*") for file in folder.glob(pattern))
+
+
 def _tokenizer(spec: str, sources: Sources) -> Any:
     from pruning.checkpoint import load_tokenizer  # torch comes in here, as something has to be built
 
@@ -217,7 +230,9 @@ def _tokenizer(spec: str, sources: Sources) -> Any:
     try:
         return load_tokenizer(folder)
     except Exception as error:  # transformers and tokenizers have many for files that are not there or not theirs
-        reason = str(error).strip().splitlines()[0]
+        if not has_tokenizer(folder):
+            raise ConfigError(f"{spec}: {folder} has no tokenizer; copy its files into it") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{spec} has no tokenizer that can be read: {reason}") from error
 
 
@@ -240,6 +255,11 @@ def _check_kind(place: str, spec: str, sources: Sources, served: bool) -> dict[s
     if served and not set(names) & set(SERVED):
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"{place}: {spec} is {found}; regrow serves {', '.join(SERVED)}")
+    if served:
+        try:
+            Architecture.read(said)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {spec}: {error}") from error
     if not any(folder.glob("*.safetensors")):
         remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"{place}: {spec} has no .safetensors weights; {remedy}")

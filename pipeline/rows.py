@@ -153,7 +153,8 @@ def _field(row: Row, field: str, index: int, place: str) -> str:
 
 
 def _alpaca(row: Row, index: int, place: str) -> tuple[str, str]:
-    prompt = alpaca(_field(row, "instruction", index, place), row.get("input") or "")
+    given = "" if row.get("input") is None else _field(row, "input", index, place)
+    prompt = alpaca(_field(row, "instruction", index, place), given)
     return prompt, _field(row, "output", index, place)
 
 

@@ -73,9 +73,10 @@ def _execute(run: Run, last: str | None, force: str | None) -> report.Results:
     sources = run.sources()
     every = steps_of(run.config, sources)
     steps = until(every, last)
-    stages = dict.fromkeys(step.stage for step in steps)
-    if force and force not in stages:
-        raise ConfigError(f"--force {force}: there is no such stage in this run, which has {', '.join(stages)}")
+    for option, stage, among in (("--until", last, every), ("--force", force, steps)):
+        stages = dict.fromkeys(step.stage for step in among)
+        if stage and stage not in stages:
+            raise ConfigError(f"{option} {stage}: there is no such stage in this run, which has {', '.join(stages)}")
     used = {f"{step.stage}/{step.key}" for step in every} | sources.used
     planned = plan(steps, run.store, run.folder, force)
     missing = [item for item in planned if item.status == "build"]

@@ -197,6 +197,6 @@ class RuntimeConfig(Section):
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     placement: Literal["whole", "spread", "offload"] = "whole"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)  # of far more the process dies
     evaluation_tokens: int | None = Field(default=None, ge=1)  # of one forward pass in scoring; None: by device
     tensorboard: bool = False  # recovery's log as TensorBoard's events, in runs/NAME/tensorboard

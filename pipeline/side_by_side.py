@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from evaluation import fluency, speed
 from evaluation.generate import generate
 from pipeline.console import Reporter
-from pipeline.errors import SourceError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.evaluation_commands import source_of
+from pipeline.preflight import has_tokenizer
 from pipeline.sources import Sources
 from pipeline.stages import device as device_of
 from pipeline.store import Store
@@ -39,17 +41,23 @@ def run_samples(
     device: str,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Every model's texts after the same prompts, without sampling, and how much they repeat themselves."""
+    """Every model's texts after the same prompts, without sampling, and how much they repeat themselves.
+
+    `truncated`: whether a prompt lost its beginning, as the model's window does not hold it.
+    """
     asked = prompts or fluency.PROMPTS
+    for prompt in asked:
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in prompt):  # how a byte that is no text comes in
+            raise ConfigError(f"--prompt {prompt!r}: not UTF-8 text; encode it so")
     models: dict[str, Any] = {}
     for name in names:  # one at a time: nothing is timed
         folder = _folder(name, store, reporter)
-        if not any([*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
+        if not has_tokenizer(folder):
             raise SourceError(f"{name}: {folder} has no tokenizer; copy the files of its dense model's into it")
         model, tokenizer = _load(folder, dtype, device), checkpoint.load_tokenizer(folder)
         with reporter.step(f"texts of {name}") as progress:
-            texts, _ = generate(model, tokenizer, asked, new, progress=progress)
-        models[name] = {**fluency.measures(texts), "texts": texts}
+            texts, cut = generate(model, tokenizer, asked, new, progress=progress)
+        models[name] = {**fluency.measures(texts), "texts": texts, "truncated": cut}
     return {"prompts": list(asked), "new_tokens": new, "dtype": dtype, "models": models}
 
 
@@ -100,4 +108,7 @@ def _folder(name: str, store: Store, reporter: Reporter) -> Path:
 
 
 def _load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    return checkpoint.load(folder, dtype=getattr(torch, dtype), device=device_of(device))
+    try:
+        return checkpoint.load(folder, dtype=getattr(torch, dtype), device=device_of(device))
+    except SafetensorError as error:
+        raise SourceError(f"{folder}: its weights cannot be read ({error}); copy the model again") from error

@@ -22,14 +22,31 @@ VERSION = 1  # of everything this module writes into the store
 
 
 def described(file: Path, place: str) -> dict[str, Any]:
-    """What a model's config.json says. Raises SourceError, which names `place`, where it is no JSON object."""
+    """What a model's config.json says, of an architecture that may be any.
+
+    Raises SourceError, which names `place`, where it is no JSON object, or names and window are of no use.
+    """
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{place}: {file} is not JSON: {error}") from error
     if not isinstance(said, dict):
         raise SourceError(f"{place}: {file} is not a mapping of settings to values")
+    names, window = said.get("architectures") or [], said.get("max_position_embeddings")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[object]", names)):
+        raise SourceError(f"{place}: {file}: architectures: {names!r} is no list of names; write it as [NAME]")
+    if window is not None and type(window) is not int:
+        raise SourceError(f"{place}: {file}: max_position_embeddings: {window!r} is no whole number; correct it")
     return cast("dict[str, Any]", said)
+
+
+def _remembered(file: Path) -> dict[str, str]:
+    """The sha256s that were written down; none where they cannot be read: they are only work that was saved."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return cast("dict[str, str]", said) if isinstance(said, dict) else {}
 
 
 class Sources:
@@ -152,7 +169,10 @@ class Sources:
         if source.kind == "hub":
             self.notify(f"fetching {source.name}/{source.member}")
             return hub.data_file(source.spec, source.name, self.key(source.spec)["commit"], source.member)
-        path = Path(source.name).expanduser()
+        try:
+            path = Path(source.name).expanduser()
+        except RuntimeError as error:  # a ~name of nobody here
+            raise SourceError(f"{source.spec}: {error}; write the folder out") from error
         if not path.exists():
             raise SourceError(f"{source.spec}: no such file or folder (looked in {Path.cwd()})")
         return path
@@ -160,7 +180,7 @@ class Sources:
     def _fingerprint(self, path: Path) -> str:
         """sha256 over a file, or over the names and sha256s of a folder's files; remembered by size and time."""
         memo_path = self.store.root / ".memo" / "files.json"
-        memo: dict[str, str] = json.loads(memo_path.read_text(encoding="utf-8")) if memo_path.is_file() else {}
+        memo = _remembered(memo_path)
         known = len(memo)
 
         def of_file(file: Path) -> str:

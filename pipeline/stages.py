@@ -188,6 +188,6 @@ def device(name: str) -> str:
     cuda = torch.cuda.is_available()
     if name == "auto":
         return processes.device() if cuda else "cpu"
-    if name.startswith("cuda") and not cuda:
+    if (name.startswith("cuda") and not cuda) or (name == "mps" and not torch.backends.mps.is_available()):
         raise ConfigError(f"runtime.device: {name}: torch {torch.__version__} sees no GPU here; set it to auto or cpu")
     return name

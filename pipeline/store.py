@@ -126,6 +126,8 @@ class Store:
     def by_key(self, prefix: str) -> Artifact:
         """The one artifact whose key begins with `prefix` (at least 4 digits). Raises ConfigError otherwise."""
         found = [folder for folder in self.finished() if folder.name.startswith(prefix[:KEY_LENGTH])]
+        if len(prefix) > KEY_LENGTH:  # folders' names say no more
+            found = [folder for folder in found if read_manifest(folder)["key"].startswith(prefix)]
         if len(prefix) < 4 or len(found) != 1:
             reason = "is too short" if len(prefix) < 4 else f"fits {len(found)} artifacts"
             raise ConfigError(f"key {prefix!r} {reason} in {self.root}; `regrow plan CONFIG` shows the keys")

@@ -19,6 +19,11 @@ class LayerShape:
     heads: int
 
 
+NUMBERS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+           "vocab_size")  # fmt: skip
+NUMBERS_OR_NULL = ("head_dim", "num_key_value_heads")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the parameter count hangs on. `layers` are the decoder layers' shapes, first to last."""
@@ -37,9 +42,12 @@ class Architecture:
     def read(cls, config: Mapping[str, Any]) -> "Architecture":
         """From the entries of a `config.json`, per-layer widths included.
 
-        Raises ValueError for a missing entry, and where query heads cannot be divided among a layer's key-value groups.
+        Raises ValueError for an entry that is missing or no number, and where query heads cannot be divided among a
+        layer's key-value groups.
         """
         try:
+            for entry in (config, *(config.get("per_layer_config") or {}).values()):
+                _check(entry)
             return cls._of(config)
         except KeyError as error:
             raise ValueError(f"config.json has no {error.args[0]}, which its shape hangs on") from error
@@ -93,3 +101,11 @@ class Architecture:
         """Parameters of the model, tied embeddings once."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.hidden + sum(self.layer_parameters(shape) for shape in self.layers)
+
+
+def _check(entries: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry of a `config.json` that shapes or windows hang on and that is no whole number."""
+    for name, value in entries.items():
+        null = name in NUMBERS_OR_NULL and value is None
+        if name in (*NUMBERS, *NUMBERS_OR_NULL) and not null and (type(value) is not int or value < 1):
+            raise ValueError(f"config.json: {name}: {value!r} is no whole number above 0; correct it")

@@ -178,6 +178,12 @@ def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path):
         config_file.load(tmp_path / "nothing.yaml")
 
 
+def test_a_file_nested_too_deeply_is_told(tmp_path: Path):
+    (tmp_path / "deep.yaml").write_text("- " * 3000 + "1")
+    with pytest.raises(ConfigError, match=r"deep\.yaml: not valid YAML: nested too deeply"):
+        config_file.load(tmp_path / "deep.yaml")
+
+
 def test_a_shipped_config_goes_by_its_name_and_no_other_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert config_file.read(Path("tiny.yaml")) == config_file.read(Path("./configs/tiny.yaml"))

@@ -58,6 +58,12 @@ def test_a_model_is_scored_without_a_config_and_two_are_compared(folder: Path):
     assert regrow("compare", "runs/evaluate-one/results.json", "nowhere").exit_code == 2
     wrong = regrow("compare", "runs/evaluate-one:dence", "runs/evaluate-two")
     assert "did you mean 'dense'" in wrong.stderr
+    (folder / "store").rename(folder / "moved")
+    moved = regrow(*asked)
+    assert (moved.exit_code, f"{folder}/store/evaluate/" in moved.stderr) == (2, True)
+    assert "is not there; run its config again" in moved.stderr
+    (folder / "results.json").write_text('{"name": "x", "models": {"dense": {}}, "stages": [3]}')
+    assert "is not a run's results.json" in regrow("compare", "results.json", "results.json").stderr
 
 
 def test_a_larger_limit_scores_only_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,6 +123,16 @@ def test_speed_and_texts_side_by_side(folder: Path):
     found = json.loads(regrow("sample", "one", "two", "--prompt", "the cat", *words).stdout)
     assert found["prompts"] == ["the cat"]
     assert all(len(model["texts"]) == 1 for model in found["models"].values())
+    assert found["models"]["one"]["truncated"] == [False]
+    assert "[one: longer than its window" in regrow("sample", "one", "--prompt", "a " * 200, "--new", "3").stdout
+    wrong = regrow("sample", "one", "--prompt", "caf\udce9")
+    assert (wrong.exit_code, "--prompt 'caf\\udce9': not UTF-8 text" in wrong.stderr) == (2, True)
+    assert regrow("speed", "one", "--threads", "1025").exit_code == 2
+    weights = folder / "two" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for command in ("sample", "speed"):
+        broken = regrow(command, "two")
+        assert (broken.exit_code, "two: its weights cannot be read" in broken.stderr) == (2, True), broken.output
     for file, message in (("tokenizer*", "one has no tokenizer"), ("*.safetensors", "one has no .safetensors weights")):
         for path in (folder / "one").glob(file):
             path.unlink()

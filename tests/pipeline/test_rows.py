@@ -169,6 +169,11 @@ CHOICES = {"text": ["a", "b"], "label": ["A", "B"]}
         # -1 is the label of questions whose answers are not published.
         ({**QUESTION, "label": -1}, {"suite": "boolq"}, "row 1: label is -1, not one of 0, 1"),
         ({**QUESTION, "label": -1}, {"suite": "boolq", "format": "instruction"}, "row 1: label is -1"),
+        (
+            {"instruction": "Add.", "input": ["1"], "output": "3"},
+            {"format": "instruction"},
+            "row 1 has no text field 'input'",
+        ),
         ({"prompt": "p", "response": "r"}, {"suite": "boolq"}, "row 1: field 'passage' is missing"),
         ({"prompt": "p"}, {"field": "promt", "half": "recovery"}, "row 1 has no text field 'promt'"),
         (

@@ -241,9 +241,16 @@ def test_until_and_force(world: Path):
     run()
     forced = {label for label, status in statuses(run("--force", "merge")).items() if status == "built"}
     assert forced == {"merge", "evaluate recovered piqa", "evaluate recovered text"}
-    for words in (("--force", "export"), ("--until", "prune", "--force", "recover")):
-        nothing = regrow("run", "run.yaml", *words)
+    shown = (world / "runs/small/results.json").read_text()
+    for words in (
+        ("run", "--force", "export"),
+        ("run", "--until", "prune", "--force", "recover"),
+        ("run", "--until", "teacher"),
+        ("recover", "--set", "recovery=null"),
+    ):
+        nothing = regrow(words[0], "run.yaml", *words[1:])
         assert (nothing.exit_code, "no such stage in this run, which has statistics" in nothing.stderr) == (2, True)
+    assert (world / "runs/small/results.json").read_text() == shown
 
 
 def test_show_verify_report_and_gc(world: Path):
@@ -266,6 +273,12 @@ def test_show_verify_report_and_gc(world: Path):
     gone = [line for line in regrow("gc").stdout.splitlines() if line.startswith("removed")]
     assert len(gone) == 4
     assert set(statuses(run("--set", "recovery.adapter.rank=2")).values()) == {"cached"}
+
+
+@pytest.mark.parametrize("command", ["verify", "gc"])
+def test_a_store_that_is_not_there_is_not_taken_for_an_empty_one(tmp_path: Path, command: str):
+    result = regrow(command, "--store", str(tmp_path / "nowhere"))
+    assert (result.exit_code, result.stdout, "nowhere: no such folder" in result.stderr) == (2, "", True)
 
 
 def test_two_runs_that_end_together_leave_every_link(tmp_path: Path):
@@ -317,7 +330,10 @@ def test_methods_are_listed_with_a_line_each():
         ("evaluation.suites.0.source=path:nowhere.jsonl", "no such file or folder"),
         ("evaluation.suites.0.name=piqua", "did you mean 'piqa'"),
         ("recovery.data.0.field=txt", "has no text field 'txt'"),
-        ("runtime.device=cuda", "sees no GPU here"),
+        ("runtime.device=cuda", "runtime.device: cuda: torch"),
+        ("runtime.device=mps", "runtime.device: mps: torch"),
+        ("runtime.placement=spread", "runtime.placement: spread: torch"),
+        ("runtime.threads=1025", "runtime.threads: Input should be less than or equal to 1024"),
         ("pruning.calibration.length=200", "holds 0 windows of 200 tokens, 4 are asked for"),
         ("pruning.calibration.length=500", "pruning.calibration.length: 500 is more than the 256 positions of path:"),
         ("evaluation.perplexity.0.tokens=31", "tokens: 31 make no window of 32"),
@@ -374,20 +390,34 @@ def test_a_tokenizer_that_ends_every_text_is_refused_before_any_work(world: Path
 def test_a_model_without_a_tokenizer_is_told_before_any_work(world: Path):
     for file in (world / "dense").glob("tokenizer*"):
         file.unlink()
-    result = regrow("run", "run.yaml")
-    assert result.exit_code == 2
-    assert "has no tokenizer that can be read" in result.stderr
+    for words in (("run",), ("run", "--until", "prune")):
+        result = regrow(*words, "run.yaml")
+        assert result.exit_code == 2
+        assert f"{world}/dense has no tokenizer; copy its files into it" in result.stderr
+    (world / "dense" / "tokenizer.json").write_text("{")
+    assert "has no tokenizer that can be read" in regrow("run", "run.yaml").stderr
     assert not list((world / "store").glob("[!.]*"))
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
-def test_heads_that_cannot_be_divided_are_told_of_the_model(world: Path, tiny_model: Any, command: str):
+@pytest.mark.parametrize(
+    ("command", "name", "value", "message"),
+    [
+        ("run", "num_key_value_heads", 3, "num_attention_heads: 4 of layer 0 cannot"),
+        ("plan", "num_key_value_heads", 3, "num_attention_heads: 4 of layer 0 cannot"),
+        ("run", "max_position_embeddings", None, "max_position_embeddings: None is no whole number"),
+        ("run --set pruning=null", "hidden_size", None, "hidden_size: None is no whole number"),
+        ("plan", "num_hidden_layers", "2", "num_hidden_layers: '2' is no whole number"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_told_of_the_model(
+    world: Path, tiny_model: Any, command: str, name: str, value: object, message: str
+):
     tiny_model.save_pretrained(world / "odd")
     said = json.loads((world / "odd" / "config.json").read_text())
-    (world / "odd" / "config.json").write_text(json.dumps({**said, "num_key_value_heads": 3}))
-    result = regrow(command, "run.yaml", "--set", f"model.source=path:{world}/odd")
+    (world / "odd" / "config.json").write_text(json.dumps({**said, name: value}))
+    result = regrow(*command.split(), "run.yaml", "--set", f"model.source=path:{world}/odd")
     assert result.exit_code == 2
-    assert f"model.source: path:{world}/odd: config.json: num_attention_heads: 4 of layer 0 cannot" in result.stderr
+    assert f"model.source: path:{world}/odd: config.json: {message}" in result.stderr
 
 
 def test_weights_that_would_have_to_be_unpickled_are_refused(world: Path):

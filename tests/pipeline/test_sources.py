@@ -108,6 +108,9 @@ def test_a_local_folder_is_known_by_its_files(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "file_digest", lambda path: pytest.fail("hashed again though nothing changed"))
     assert Sources(Store(tmp_path / "store"), {}).key(spec) == first
     monkeypatch.undo()
+    for damaged in ('{"a', "[]"):
+        (tmp_path / "store/.memo/files.json").write_text(damaged)
+        assert Sources(Store(tmp_path / "store"), {}).key(spec) == first
     (folder / "config.json").write_text('{"a": 1}')
     assert Sources(Store(tmp_path / "store"), {}).key(spec) != first
 
@@ -116,11 +119,19 @@ def test_a_missing_path_and_a_folder_without_a_model(tmp_path: Path):
     found = Sources(Store(tmp_path / "store"), {})
     with pytest.raises(SourceError, match="no such file or folder"):
         found.key(f"path:{tmp_path}/nowhere")
+    with pytest.raises(SourceError, match=r"path:~nouser/x: .*write the folder out"):
+        found.key("path:~nouser/x")
     with pytest.raises(SourceError, match=r"has no config\.json"):
         found.model_folder(f"path:{tmp_path}")
-    for content, message in (("{", "is not JSON: Expecting"), ("[]", "is not a mapping")):
+    for content, message in (
+        ("{", " is not JSON: Expecting"),
+        ("[]", " is not a mapping"),
+        ('{"architectures": "Llama"}', ": architectures: 'Llama' is no list of names"),
+        ('{"architectures": [3]}', r": architectures: \[3\] is no list of names"),
+        ('{"max_position_embeddings": "256"}', ": max_position_embeddings: '256' is no whole number"),
+    ):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(SourceError, match=rf"config\.json {message}"):
+        with pytest.raises(SourceError, match=rf"config\.json{message}"):
             found.model_config(f"path:{tmp_path}")
 
 

@@ -154,7 +154,11 @@ def test_a_manifest_that_was_changed_is_named_with_what_to_do(tmp_path: Path, sa
 def test_by_key_wants_one_artifact(tmp_path: Path):
     store = Store(tmp_path)
     artifact, _ = store.build("prune", MATERIAL, write)
-    assert store.by_key(artifact.key[:6]).path == artifact.path
+    key = digest(MATERIAL)
+    for length in (6, 16, 20, 64):
+        assert store.by_key(key[:length]).path == artifact.path
+    with pytest.raises(ConfigError, match="fits 0 artifacts"):
+        store.by_key(key[:16] + ("f" if key[16] != "f" else "0"))
     with pytest.raises(ConfigError, match="fits 0 artifacts"):
         store.by_key("ffffffff" if artifact.key[0] != "f" else "00000000")
     with pytest.raises(ConfigError, match="too short"):
