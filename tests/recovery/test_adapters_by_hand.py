@@ -249,6 +249,18 @@ def test_edora_decomposes_as_torch_does() -> None:
     torch.testing.assert_close(up.T @ up, torch.eye(6), rtol=0, atol=1e-5)
 
 
+def test_mora_turns_bfloat16_with_exact_angles_and_rounds_once() -> None:
+    chunks = torch.randn(5, 12, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    places, pairs = (torch.arange(count, dtype=torch.float64) for count in (12, 32))
+    angles = places[:, None] * 10000.0 ** (-pairs / 32)
+    turned = torch.complex(chunks[..., :32].double(), chunks[..., 32:].double())
+    turned = turned * torch.polar(torch.ones_like(angles), angles)
+    exact = torch.cat((turned.real, turned.imag), dim=-1)
+    found = adapters.load("mora")._turned(chunks)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)  # a bfloat16 has 8 digits
+
+
 def test_increlora_grows_where_the_loss_is_sensitive() -> None:
     first, second = (made("increlora", torch.zeros(4, 4), rank=2, limit=3) for _ in range(2))
     layers = {"first": first, "second": second}
