@@ -33,6 +33,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         tokenizer.save_pretrained(folder)
 
 
+def _named(kind: str, keys: Any) -> str:
+    """Up to three weights of a kind of problem, and how many there are; mismatched ones come with both shapes."""
+    told = (key if isinstance(key, str) else f"{key[0]} is {list(key[1])}, not {list(key[2])}" for key in keys)
+    first = ", ".join(sorted(told)[:3])
+    return f"{len(keys)} {kind.replace('_', ' ')}: {first}{', ...' if len(keys) > 3 else ''}"
+
+
 def load(
     folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu", placement: Placement = "whole"
 ) -> PreTrainedModel:
@@ -43,9 +50,9 @@ def load(
     model_class: Any = own_class(folder) or AutoModelForCausalLM
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below, by name
     model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True, **options)
-    problems = {name: keys for name, keys in info.items() if keys and name != "error_msgs"}
+    problems = [_named(kind, keys) for kind, keys in info.items() if keys and kind != "error_msgs"]
     if problems:
-        raise ValueError(f"{folder}: weights and config.json do not fit each other: {problems}")
+        raise ValueError(f"{folder}: weights and config.json do not fit each other: {'; '.join(problems)}")
     if device == "cpu" or placement == "offload":
         own_weights(model)
     return place(model, placement, device).eval()

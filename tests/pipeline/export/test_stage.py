@@ -179,8 +179,13 @@ def test_what_cannot_be_asked_is_told_before_any_work(world: Path, words: tuple[
     [
         ("hf", {"num_key_value_heads": 3}, None, "num_attention_heads: 8 of layer 0 cannot be divided among"),
         ("hf", {"vocab_size": None}, None, "config.json has no vocab_size"),
-        ("hf", {"intermediate_size": 80}, None, "do not fit each other: {'mismatched_keys'"),
-        ("hf", {}, "model.norm.weight", "do not fit each other: {'missing_keys': {'model.norm.weight'}}"),
+        (
+            "hf",
+            {"intermediate_size": 80},
+            None,
+            "layers.0.mlp.down_proj.weight is [64, 96], not [64, 80], ",
+        ),
+        ("hf", {}, "model.norm.weight", "do not fit each other: 1 missing keys: model.norm.weight"),
         ("gguf", {}, "model.norm.weight", "its safetensors files have no model.norm.weight"),
         ("gguf", {"vocab_size": 397}, None, "the tokenizer has a token 399, and the embedding 397 rows"),
         ("gguf", {}, "all", "not a whole safetensors file"),
