@@ -167,7 +167,8 @@ class Adapter(Tensors, Generic[C]):
 
     @classmethod
     def after_step(cls, layers: Mapping[str, Adapter[Any]], share: float) -> None:
-        """Called without autograd after every optimizer step, gradients still in place; `share` of the budget is fed.
+        """Called without autograd after every optimizer step, gradients still in place; `share` of the budget is fed,
+        all of it (1.0) with the last step.
 
         May change `trainable` and `kept` in place (a proximal step, growing a rank).
         """

@@ -28,7 +28,7 @@ from recovery.base import Adapter, Layer, Tensors, generator_of, random_normal, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION, READS = 2, 1
+VERSION, READS = 3, 1
 RESERVE, MEMORY, DEVIATION = 1e-5, 0.85, 0.02
 
 
