@@ -55,7 +55,7 @@ def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
         return None
     from pruning.memory import peak_bytes
 
-    shape = shape_of(config, said)
+    shape = shape_of(said, f"model.source: {config.model.source}")
     text, own = config.calibration, config.pruning.compensation
     windows = (text.samples, text.length) if text else (0, 0)
     others = (own.samples or windows[0], own.length or windows[1])
@@ -63,13 +63,13 @@ def memory_of_pruning(config: RunConfig, sources: Sources) -> int | None:
     return peak_bytes(shape, width, config.pruning, windows, others)
 
 
-def shape_of(config: RunConfig, said: dict[str, Any]) -> Architecture:
-    """The shape of the model whose config.json says this. Raises ConfigError where it lacks something, or contradicts
-    itself."""
+def shape_of(said: dict[str, Any], place: str) -> Architecture:
+    """The shape of the model whose config.json says this. Raises ConfigError, which names `place`, where it lacks
+    something, or contradicts itself."""
     try:
         return Architecture.read(said)
     except ValueError as error:
-        raise ConfigError(f"model.source: {config.model.source}: {error}") from error
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def until(steps: list[Step], stage: str | None) -> list[Step]:

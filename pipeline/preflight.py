@@ -11,13 +11,14 @@ from evaluation import suites
 from pipeline import processes, rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SourceError
+from pipeline.plan import shape_of
 from pipeline.sections import PerplexityConfig, RowsConfig, SuiteConfig
 from pipeline.sources import Sources, described
 from pipeline.steps import Step
-from pruning.architecture import Architecture
 from pruning.config import SERVED
 from recovery import adapters, saved, targets
-from recovery.data import Example, hold_out
+from recovery.data import Example
+from recovery.feed import split
 
 CHARACTERS = 32  # of a token, more than any text has on average: what is longer need not be counted
 
@@ -124,21 +125,16 @@ def check_pruning(config: RunConfig, sources: Sources) -> None:
 def check_data(config: RunConfig, sources: Sources) -> None:
     """Refuse training rows of which nothing is left, or nothing can be held out where that would end the run."""
     assert config.recovery is not None
-    settings, found = config.recovery.validation, list[tuple[float, list[Example]]]()
+    found: list[tuple[float, list[Example]]] = []
     for index, part in enumerate(config.data):
         examples = rows.examples(sources, part, config.recovery.max_length)
         if not any(example.response for example in examples):
             raise SourceError(f"recovery.data.{index}: {part.source}: no rows are left to train on")
         found.append((part.weight, examples))
     try:
-        _, held = hold_out(found, settings.fraction, config.recovery.seed)
+        split(found, config.recovery)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if settings.patience and not any(held):
-        raise ConfigError(
-            "recovery.validation.patience: no source has the ten examples from which on one is held out, so no loss "
-            "could end the run; leave patience out, or raise recovery.validation.fraction"
-        )
 
 
 def check_length(config: RunConfig, sources: Sources) -> None:
@@ -256,10 +252,7 @@ def _check_kind(place: str, spec: str, sources: Sources, served: bool) -> dict[s
         found = ", ".join(names) or said.get("model_type") or "an unnamed architecture"
         raise ConfigError(f"{place}: {spec} is {found}; regrow serves {', '.join(SERVED)}")
     if served:
-        try:
-            Architecture.read(said)
-        except ValueError as error:
-            raise ConfigError(f"{place}: {spec}: {error}") from error
+        shape_of(said, f"{place}: {spec}")
     if not any(folder.glob("*.safetensors")):
         remedy = "regrow unpickles nothing: save it as safetensors, or name a revision that is one (@revision)"
         raise ConfigError(f"{place}: {spec} has no .safetensors weights; {remedy}")

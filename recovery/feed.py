@@ -11,9 +11,21 @@ Sources = list[tuple[float, list[Example]]]
 
 def feed(sources: Sources, tokenizer: Any, config: RecoveryConfig) -> tuple[Iterator[Row], list[Row]]:
     """Endless training rows of the weighted sources, and the held-out ones: about as many tokens from every source."""
-    training, held = hold_out(sources, config.validation.fraction, config.seed)
+    training, held = split(sources, config)
     rows = pack(mix(training, tokenizer, config.loss, config.max_length, config.seed), config.max_length)
     return rows, _validation_rows(held, tokenizer, config)
+
+
+def split(sources: Sources, config: RecoveryConfig) -> tuple[Sources, list[list[Example]]]:
+    """Examples to train on, and held-out ones (`hold_out`). Raises ValueError, too, for patience without the latter."""
+    training, held = hold_out(sources, config.validation.fraction, config.seed)
+    if config.validation.patience and not any(held):
+        raise ValueError(
+            "recovery.validation.patience: no source has the ten examples from which on one is held out, so there is "
+            f"no held-out loss to watch with fraction: {config.validation.fraction}; leave patience out, or raise "
+            "recovery.validation.fraction"
+        )
+    return training, held
 
 
 def within_budget(sources: Sources, tokenizer: Any, config: RecoveryConfig) -> Iterator[Row]:

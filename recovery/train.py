@@ -92,11 +92,6 @@ class _Run:
     ) -> None:
         if config.distillation and teacher is None:
             raise ValueError("distillation needs a teacher: recovery.teacher's Live or Kept")
-        if config.validation.patience and not validation:
-            raise ValueError(
-                "recovery.validation.patience: no held-out loss to watch, for no source has rows enough to hold "
-                f"one out at fraction: {config.validation.fraction}; raise it, give more rows, or leave patience out"
-            )
         self.method: type[Adapter[Any]] = adapters.load(config.adapter.method).Method
         if reason := parallel.refusal(config.adapter.method, self.method.whole_weights):
             raise ValueError(reason)
