@@ -90,9 +90,10 @@ def exact(lm: HFLM, request: Any) -> float:
     """A request's log-likelihood in float64, by itself."""
     context, continuation = lm._encode_pair(*request.args)
     with torch.inference_mode():
-        logits = copy.deepcopy(lm.model).double()(input_ids=torch.tensor([context + continuation])).logits[0]
+        ids = torch.tensor([context + continuation], device=lm.device)
+        logits = copy.deepcopy(lm.model).double()(input_ids=ids).logits[0]
     predicting = logits[len(context) - 1 : -1].log_softmax(1)
-    return float(predicting.gather(1, torch.tensor(continuation)[:, None]).sum())
+    return float(predicting.gather(1, ids[0, len(context) :, None]).sum())
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", help="tokens a batch of ours (default: its own)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
@@ -116,6 +118,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+    model = model.to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     own = {
         f"ours, {tokens} tokens" if tokens else "ours": SharedPrefixLM(model, tokens, tokenizer=tokenizer)
@@ -129,7 +132,8 @@ def main() -> None:
     totals = {"ours": 0.0, "HFLM": 0.0}
     costs = [0, 0]
     furthest: tuple[float, Any, float, float] = (-1.0, None, 0.0, 0.0)
-    print(f"{options.limit} items a suite, {options.dtype}, {options.threads} threads, {options.repeats} repeats\n")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    print(f"{options.limit} items a suite, {options.dtype}, {where}, {options.repeats} repeats\n")
     print("| suite | requests | " + " | ".join(everyone) + " | times faster | by arithmetic | largest difference |")
     print("|---|" + "---:|" * (len(everyone) + 4))
     for (suite, place), items in chosen(options).items():

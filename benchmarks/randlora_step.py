@@ -1,16 +1,18 @@
 """Step time and peak memory of RandLoRA against PEFT's RandLoRA, PEFT's LoRA and full fine-tuning.
 
-    python benchmarks/randlora_step.py [--shape smollm2|7b] [--dtypes ...] [--tokens ...] [--repeats 5] [--no-memory]
+    python benchmarks/randlora_step.py [--shape smollm2|7b] [--dtypes ...] [--tokens ...] [--device cuda] [--no-memory]
 
 One process, the same weights and batch for all: the decoder layers of a Llama of the given widths without its head,
 rows of 512 tokens, all linear layers adapted, AdamW. A step is forward, backward, optimizer. Variants take turns in
 every repeat; the fastest repeat counts, `spread` is how much slower the median was. LoRA's rank is the one that comes
-nearest to RandLoRA's trainable parameters. Memory is the peak of a fresh process per variant (VmHWM) above
-what it held when the model was loaded: adapters, gradients, optimizer and activations of two steps.
+nearest to RandLoRA's trainable parameters. Memory is the peak of a fresh process per variant (VmHWM; on a GPU what
+torch allocates, in this process) above what it held when the model was loaded: adapters, gradients, optimizer and
+activations of two steps.
 """
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -26,6 +28,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, logging
 
 from recovery import adapters, inject
+from recovery.base import Adapter
 
 ROW = 512
 SHAPES: dict[str, dict[str, Any]] = {
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[1024, 4096, 8192])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: with --threads 1")
     parser.add_argument("--no-memory", action="store_true")
@@ -54,7 +58,7 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peak(options.peak, options.shape, options.dtypes[0], options.tokens[0])))
         return
-    print(f"{options.shape}, {LAYERS[options.shape]} layers, {options.threads} threads, torch {torch.__version__}\n")
+    print(f"{options.shape}, {LAYERS[options.shape]} layers, {_where(options)}, torch {torch.__version__}\n")
     print("| dtype | tokens | variant | trained | fastest step, s | spread | ours is faster by | peak, MB |")
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     for dtype in options.dtypes:
@@ -64,11 +68,16 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, dtype: str, tokens: int) -> None:
     """Print the rows of one dtype and number of tokens."""
-    base = model_of(options.shape, dtype)
+    base = model_of(options.shape, dtype, options.device)
     made = {variant: build(variant, base, options.shape) for variant in options.variants}
     batch = batch_of(base, tokens)
     times: dict[str, list[float]] = {variant: [] for variant in made}
-    clock = time.process_time if options.cpu_time else time.perf_counter
+
+    def clock() -> float:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if options.cpu_time else time.perf_counter()
+
     for repeat in range(options.repeats + 1):
         for variant, (step, _) in made.items():
             started = clock()
@@ -83,17 +92,22 @@ def compare(options: argparse.Namespace, dtype: str, tokens: int) -> None:
         spread = f"{100 * (statistics.median(seconds) / fastest - 1):.0f}%"
         ratio = f"{fastest / min(times[OURS]):.2f}x" if OURS in times else ""
         found = "" if options.no_memory else f"{measured(variant, options, dtype, tokens) / 1e6:.0f}"
-        cells = (dtype, tokens, variant, f"{trained[variant]:,}", f"{fastest:.3f}", spread, ratio, found)
+        cells = (dtype, tokens, variant, f"{trained[variant]:,}", f"{fastest:.4g}", spread, ratio, found)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"| {dtype} | {tokens} | one copy of the weights | | | | | {weights / 1e6:.0f} |", flush=True)
 
 
-def model_of(shape: str, dtype: str) -> LlamaForCausalLM:
+def _where(options: argparse.Namespace) -> str:
+    return torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+
+
+def model_of(shape: str, dtype: str, device: str = "cpu") -> LlamaForCausalLM:
     """A few layers with random weights, without a vocabulary to speak of."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], num_hidden_layers=LAYERS[shape], vocab_size=8, use_cache=False)
     torch.set_default_dtype(getattr(torch, dtype))
-    model = LlamaForCausalLM(config).train().requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).train().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -102,7 +116,7 @@ def batch_of(model: LlamaForCausalLM, tokens: int) -> tuple[torch.Tensor, torch.
     """Embeddings [rows, 512, hidden], and the gradient that arrives at the layers' end."""
     generator = torch.Generator().manual_seed(1)
     shape = (tokens // ROW, ROW, model.config.hidden_size)
-    first, second = (torch.randn(shape, generator=generator).to(model.dtype) for _ in range(2))
+    first, second = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(2))
     return first, second / first.numel()
 
 
@@ -110,8 +124,12 @@ def build(variant: str, base: LlamaForCausalLM, shape: str) -> tuple[Callable[..
     """A variant's step, and how many parameters it trains. The frozen weights are `base`'s own."""
     model: Any = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     rank = RANKS[shape]
+    methods: dict[str, Any] = {}
+    sharing: Any = Adapter  # whose `step` shares nothing
     if variant == OURS:
         inject.attach(model, adapters.load("randlora").Config(rank=rank), seed=0)
+        methods = {name: layer.method for name, layer in inject.adapted(model).items()}
+        sharing = adapters.load("randlora").Method
         parameters = list(inject.trainable(model).values())
     elif variant == FULL:
         for module in model.model.layers.modules():
@@ -129,7 +147,8 @@ def build(variant: str, base: LlamaForCausalLM, shape: str) -> tuple[Callable[..
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step(embeddings: torch.Tensor, gradient: torch.Tensor) -> None:
-        model.model(inputs_embeds=embeddings).last_hidden_state.backward(gradient)
+        with sharing.step(methods, embeddings.shape[0] * ROW, 1):  # as the trainer does
+            model.model(inputs_embeds=embeddings).last_hidden_state.backward(gradient)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -144,7 +163,9 @@ def lora_rank(base: LlamaForCausalLM, rank: int) -> int:
 
 
 def measured(variant: str, options: argparse.Namespace, dtype: str, tokens: int) -> int:
-    """Peak bytes of a variant in a fresh process."""
+    """Peak bytes of a variant in a fresh process; on a GPU, whose allocator counts, in this one."""
+    if options.device == "cuda":
+        return peak(variant, options.shape, dtype, tokens, "cuda")
     command = [sys.executable, __file__, "--peak", variant, "--shape", options.shape, "--dtypes", dtype]
     command += ["--tokens", str(tokens), "--threads", str(options.threads)]
     # Large blocks go back to the system at once, so that the peak is what is alive.
@@ -152,15 +173,18 @@ def measured(variant: str, options: argparse.Namespace, dtype: str, tokens: int)
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def peak(variant: str, shape: str, dtype: str, tokens: int) -> int:
+def peak(variant: str, shape: str, dtype: str, tokens: int, device: str = "cpu") -> int:
     """Peak bytes of two steps above what the process held with the model loaded."""
-    base = model_of(shape, dtype)
+    base = model_of(shape, dtype, device)
     batch = batch_of(base, tokens)
-    before = status("VmRSS")
+    gc.collect()  # what earlier variants left
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
     step, _ = build(variant, base, shape)
     step(*batch)
     step(*batch)
-    return status("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")) - before
 
 
 def status(name: str) -> int:

@@ -1,10 +1,11 @@
 """Useful training tokens per second: our trainer's loop against PEFT's LoRA under transformers' Trainer.
 
-    python benchmarks/recovery_speed.py MODEL DATA [--dtypes bfloat16 float32] [--repeats 3] [--examples 160]
+    python benchmarks/recovery_speed.py MODEL DATA [--dtypes bfloat16 float32] [--examples 160] [--device cuda]
 
 MODEL is a folder; DATA one with SUITE/train.jsonl for the suites below, in lm-eval's schemas. Both sides train LoRA
 (rank 8, all linear layers) on the answers of the same shuffled questions. PEFT's side is what one writes by hand:
-batches of 8, padded to their longest, loss -100 on prompts, AdamW. Ours are packed rows, one a step. A token is
+batches of `--batch`, padded to their longest, loss -100 on prompts, AdamW. Ours are packed rows of `--row` tokens, one
+a step. A token is
 useful when it is no padding. Sides take turns, each with a part of the data that both see; both models live in this
 process. Counted is the time of training steps, first batch left out: no loading, no tokenizing.
 """
@@ -39,7 +40,7 @@ from recovery.loss import labelled, row_loss
 
 SUITES = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 LIMIT = 6000  # rows of a suite: BoolQ's passages are long and many
-LONGEST, BATCH, RANK = 512, 8, 8
+LONGEST, RANK = 512, 8
 
 
 def main() -> None:
@@ -48,7 +49,10 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=160, help="of one repeat, a multiple of 8")
+    parser.add_argument("--examples", type=int, default=160, help="of one repeat, a multiple of --batch")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step of PEFT's side")
+    parser.add_argument("--row", type=int, default=LONGEST, help="tokens of a step of ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--adapter", default="lora", help="ours: lora, or another method with its default settings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: with --threads 1")
@@ -56,7 +60,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    clock = time.process_time if options.cpu_time else time.perf_counter
+
+    def clock() -> float:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if options.cpu_time else time.perf_counter()
+
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     parts = examples(options.data, tokenizer, options.repeats, options.examples)
     lengths = [len(tokens.ids) for part in parts for tokens in part]
@@ -64,7 +73,8 @@ def main() -> None:
     print(
         f"{len(lengths)} examples, mean length {statistics.mean(lengths):.1f}, {learned / sum(lengths):.1%} labelled,"
     )
-    print(f"{options.threads} threads, torch {torch.__version__}, peft {peft.__version__}\n")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    print(f"{where}, torch {torch.__version__}, peft {peft.__version__}\n")
     print("| dtype | side | useful tokens/s, fastest | slowest | ours is faster by |")
     print("|---|---|---:|---:|---:|")
     for dtype in options.dtypes:
@@ -94,7 +104,8 @@ class Ours:
     """The trainer's step (`recovery.train`) without its log and checkpoints."""
 
     def __init__(self, options: argparse.Namespace, dtype: str) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype))
+        self.model, self.row = model.to(options.device), options.row
         module = adapters.load(options.adapter)
         inject.attach(self.model, module.Config(**({"rank": RANK} if options.adapter == "lora" else {})), seed=0)
         self.method = module.Method
@@ -106,7 +117,7 @@ class Ours:
         """Useful tokens per second."""
         self.model.train()
         fed, started = 0, 0.0
-        for number, batch in enumerate(batches(pack(part, LONGEST), 10**9, LONGEST, LONGEST)):
+        for number, batch in enumerate(batches(pack(part, self.row), 10**9, self.row, self.row)):
             if number == 1:
                 fed, started = 0, clock()
             count, tokens = labelled(batch), sum(len(row.ids) for row in batch)
@@ -140,7 +151,7 @@ class Theirs:
     def __init__(self, options: argparse.Namespace, dtype: str, tokenizer: Any) -> None:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype))
         settings: Any = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model = peft.get_peft_model(model, settings)
+        self.model, self.batch, self.cpu = peft.get_peft_model(model, settings), options.batch, options.device == "cpu"
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def speed(self, part: list[Tokens], clock: Any) -> float:
@@ -149,13 +160,14 @@ class Theirs:
         noted = Clock(clock)
         with tempfile.TemporaryDirectory() as folder:
             settings = TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-4,
-                optim="adamw_torch", report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True,
+                output_dir=folder, per_device_train_batch_size=self.batch, num_train_epochs=1, learning_rate=1e-4,
+                optim="adamw_torch", report_to=[], save_strategy="no", logging_strategy="no", use_cpu=self.cpu,
                 disable_tqdm=True, dataloader_drop_last=True, train_sampling_strategy="sequential",
             )  # fmt: skip
             trainer = Trainer(self.model, settings, data_collator=self.collator, train_dataset=data, callbacks=[noted])
             trainer.train()
-        return sum(len(t.ids) for t in part[BATCH : len(noted.ends) * BATCH]) / (noted.ends[-1] - noted.ends[0])
+        counted = part[self.batch : len(noted.ends) * self.batch]
+        return sum(len(t.ids) for t in counted) / (noted.ends[-1] - noted.ends[0])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from pipeline.errors import ConfigError
+
 PATIENCE = timedelta(days=30)  # helpers wait while the first process prunes and scores
 
 
@@ -30,7 +32,10 @@ def device() -> str:
 
 @contextmanager
 def joined() -> Generator[None]:
-    """Join the other processes for a block; when the first one leaves it, the helpers are told that it is over."""
+    """Join the other processes for a block; when the first one leaves it, the helpers are told that it is over.
+
+    Raises ConfigError where this machine has GPUs, but not one for every process.
+    """
     if count() == 1:
         yield
         return
@@ -39,6 +44,10 @@ def joined() -> Generator[None]:
 
     cuda = torch.cuda.is_available()
     if cuda:
+        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= there:
+            remedy = "start no more than that, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+            raise ConfigError(f"process {local + 1} on this machine, where torch sees {there} GPU(s): {remedy}")
         torch.cuda.set_device(device())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     yield  # after an error nothing is said: the launcher ends the helpers

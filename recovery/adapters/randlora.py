@@ -92,6 +92,7 @@ class Method(Adapter[Config]):
         self.collects, self.collected = False, cast("Tensor | None", None)  # the merged weight's gradient, float32
         self.collected_in: dtype | None = None  # what its products were computed in
         self._formed: tuple[Any, Tensor, Tensor, Tensor] | None = None  # W's place, lambda, gamma, W + dW
+        self.current = False  # was W + dW formed in the step we are in?
         base = shared.bases["A"]
         self.trainable["lambda"] = base.new_zeros(self.count, self.rank)
         self.trainable["gamma"] = base.new_full((self.count, self.smaller), 1 / max(self.count, self.smaller))
@@ -161,14 +162,14 @@ class Method(Adapter[Config]):
     def step(cls, layers: Mapping[str, Adapter[Any]], tokens: int, passes: int) -> Generator[None]:
         methods = cast("Mapping[str, Method]", layers).values()
         for method in methods:
-            method.step_tokens, method.collects = tokens, passes > 1
+            method.step_tokens, method.collects, method.current = tokens, passes > 1, False
         try:
             yield
             for method in methods:
                 method._settle()
         finally:
             for method in methods:
-                method.step_tokens, method.collects, method.collected = None, False, None
+                method.step_tokens, method.collects, method.collected, method.current = None, False, None, False
 
     def _merges(self, x: Tensor, weight: Tensor) -> bool:
         """Is the merged weight the cheaper way? What was computed before plays no part: a resumed run goes the same."""
@@ -191,15 +192,19 @@ class Method(Adapter[Config]):
         scales, gamma = self.trainable["lambda"].detach(), self.trainable["gamma"].detach()
         place = (weight.data_ptr(), weight._version, weight.dtype, weight.device)  # pyright: ignore[reportPrivateUsage]
         known = self._formed
-        # Compared by value: versions of tensors do not see what is written through `.data`.
-        if known is not None and known[0] == place and known[1].equal(scales) and known[2].equal(gamma):
-            return known[3]
+        # Within a step lambda and gamma stay. Elsewhere they are compared by value, for which a GPU is waited for:
+        # versions of tensors do not see what is written through `.data`.
+        if known is not None and known[0] == place:
+            stepping = self.step_tokens is not None
+            if self.current if stepping else known[1].equal(scales) and known[2].equal(gamma):
+                return known[3]
         self._formed = known = None  # the old one goes before the new one comes
         with inference_mode(False):  # what is formed while scoring may be trained with
             up, down = self._factors(scales, gamma, computing(weight))
             frozen = weight.detach().to(up.dtype)
             formed = frozen.addmm(down.T, up.T) if self.wide else frozen.addmm(up, down)
             self._formed = (place, scales.clone(), gamma.clone(), formed.to(weight.dtype))
+            self.current = self.step_tokens is not None
         return self._formed[3]
 
     def _gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -78,7 +78,8 @@ def test_two_processes_train_what_one_does(launcher: str, override: str, config:
     alone = CliRunner().invoke(main, words(config, "one", override))
     assert alone.exit_code == 0, alone.output
     command = [sys.executable, "-m", *LAUNCH[launcher], "-m", "pipeline.cli", *words(config, "two", override)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if launcher == "accelerate":
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -99,6 +100,18 @@ def test_two_processes_train_what_one_does(launcher: str, override: str, config:
     assert (report["processes"], report["sharded"]) == (2, launcher == "accelerate")
     for name, tensor in adapter.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(ConfigError, match=r"process 2 on this machine, where torch sees 1 GPU\(s\): start no more"),
+        processes.joined(),
+    ):
+        pass
 
 
 def test_a_step_of_fewer_rows_than_processes_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

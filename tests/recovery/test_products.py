@@ -166,6 +166,14 @@ def test_merged_weight_is_formed_once_and_never_stale(tiny_model: LlamaForCausal
         y.sum().backward()
     module.double().float()
     check(1)
+    for _ in range(2):  # a step's passes share it; the next step forms its own
+        formed.clear()
+        with method.step({"layer": module.method}, 200, 2):
+            close(module(x), nn.functional.linear(x, by_formula(module, "paper"), module.linear.bias).detach(), 1e-5)
+            module(x)
+        assert len(formed) == 1
+        module.adapter["gamma"].data.mul_(1.5)
+    check(1)
 
 
 def test_few_tokens_dropout_and_sharded_weights_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
