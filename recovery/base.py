@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Ty
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, dtype
     from transformers import PreTrainedModel
 
     from recovery.data import Row
@@ -83,6 +83,17 @@ class Tensors:
     trainable: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # bases, and what `base` made of them
+
+    def base(self, name: str, kind: dtype) -> Tensor:
+        """A base in another dtype. It is kept: every layer asks for it in every pass."""
+        exact = self.bases[name]
+        if exact.dtype == kind:
+            return exact
+        known = self.rounded.get(name)
+        if known is None or known[0] is not exact or known[1].dtype != kind:  # a base that moved is another tensor
+            known = self.rounded[name] = (exact, exact.to(kind))
+        return known[1]
 
 
 @dataclass(frozen=True)

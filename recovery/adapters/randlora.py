@@ -54,7 +54,7 @@ from recovery.base import (
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-VERSION, READS = 4, 1
+VERSION, READS = 5, 1
 
 
 class Config(AdapterConfig, frozen=True):
@@ -125,13 +125,14 @@ class Method(Adapter[Config]):
     def _factors(self, scales: Tensor, gamma: Tensor, kind: dtype) -> tuple[Tensor, Tensor]:
         """[dmax, n rank] and s times [n rank, dmin]: the delta is their product."""
         # down[b, r, j] = lambda[b, r] * A[r, j] * gamma[b, j]
-        down = (self.scale() * scales)[:, :, None] * self._down() * gamma[:, None, :]
+        down = (self.scale() * scales)[:, :, None] * self._down()
+        down = down * gamma[:, None, :] if down.requires_grad else down.mul_(gamma[:, None, :])
         if self.config.pairing == "peft":
             down = down.transpose(0, 1)
         return self._up(kind), down.flatten(0, 1).to(kind)
 
     def _up(self, kind: dtype) -> Tensor:
-        return self.shared.bases["B"][: self.larger, : self.count, : self.rank].flatten(1).to(kind)
+        return self.shared.base("B", kind)[: self.larger, : self.count, : self.rank].flatten(1)
 
     def _down(self) -> Tensor:
         return self.shared.bases["A"][: self.rank, : self.smaller]
@@ -209,20 +210,24 @@ class Method(Adapter[Config]):
 
     def _gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of lambda and gamma, from dy [tokens, out] and x [tokens, in]; None while they are collected."""
+        from recovery.products import outer
+
         if not self.collects:
-            return self._reduced(dy.T @ x)
+            return self._reduced(outer(dy, x))
         if self.collected is None:
             # In float32: 16 bits would lose what later micro-batches add.
-            self.collected, self.collected_in = (dy.T @ x).float(), dy.dtype
+            self.collected, self.collected_in = outer(dy, x).float(), dy.dtype
         elif dy.dtype == self.collected.dtype:
             self.collected.addmm_(dy.T, x)
         else:
-            self.collected += dy.T @ x
+            self.collected += outer(dy, x)
         return None, None
 
     def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """From the merged weight's gradient [out, in] to those of lambda [n, rank] and gamma [n, dmin], float32."""
-        return self._of_down(self._up(gradient.dtype).T @ (gradient.T if self.wide else gradient))
+        from recovery.products import outer
+
+        return self._of_down(outer(self._up(gradient.dtype), gradient.T if self.wide else gradient))
 
     def _of_down(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the factor with lambda and gamma in it [n rank, dmin] to theirs."""

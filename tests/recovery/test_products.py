@@ -216,6 +216,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: LlamaForCau
 
 
 @pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("shape", [(64, 16, 1100), (64, 1100, 16), (64, 1100, 1200), (8, 16, 24)])  # tokens, out, in
+@pytest.mark.parametrize(("dtype", "part"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-6)])
+def test_outer_is_a_weights_gradient(shape: tuple[int, int, int], dtype: torch.dtype, part: float) -> None:
+    tokens, outputs, inputs = shape
+    dy, x = normal(tokens, outputs).to(dtype), normal(tokens, inputs, seed=1).to(dtype)
+    found = products.outer(dy, x)
+    assert found.dtype == dtype
+    close(found, (dy.double().T @ x.double()).float(), part)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_and_low_rank(bias: bool) -> None:
     for dtype, part in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
