@@ -25,9 +25,9 @@ weight M = dy^T x (transposed when in > out) is summed over them and brought to 
 
 T tokens cost 3 T dmax dmin, as when W itself trains. The sum W x + dW x, by way of the bases, costs 4 T dmax dmin +
 3 T dmin^2: less when T < 2 dmax dmin / (dmax + 3 dmin); with dropout it is the only way. Kept is one copy of the
-weights, and one of their gradients where there are several micro-batches. Not fused, nothing of a weight's size is
-kept: lambda and gamma are put between the bases again in the backward pass. Weights of few bits need that, and
-sharded ones (FSDP) are never fused: every process would keep the whole model.
+weights, B in their dtype, and one of their gradients where there are several micro-batches. Not fused, nothing of a
+weight's size is kept for a layer: lambda and gamma are put between the bases again in the backward pass. Weights of
+few bits need that, and sharded ones (FSDP) are never fused: every process would keep the whole model.
 """
 
 from __future__ import annotations
