@@ -114,6 +114,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data or options.config):
         parser.error("--data or --config: one of them is needed")
+    if options.clock == "cpu" and options.device == "cuda":
+        parser.error("--clock cpu: says nothing of a GPU")
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()

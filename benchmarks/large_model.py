@@ -5,7 +5,7 @@
 Random bfloat16 weights, random tokens: nothing of quality is seen. Pruned as `configs/llama3-8b-rora.yaml` says
 (`llm_pruner`, 10 x 64 tokens, 20%, first 4 and last 2 layers protected); then steps of 2,048 tokens, all of them
 learned, on the pruned model, each adapter on the projections that the config names. Peaks are what torch allocates on
-a GPU, weights included (nothing is counted on a CPU). PEFT's LoRA goes through transformers' own loss.
+a GPU, weights included (on a CPU nothing is counted: 0). PEFT's LoRA goes through transformers' own loss.
 """
 
 import argparse

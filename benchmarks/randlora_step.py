@@ -3,11 +3,11 @@
     python benchmarks/randlora_step.py [--shape smollm2|7b] [--dtypes ...] [--tokens ...] [--device cuda] [--no-memory]
 
 One process, the same weights and batch for all: the decoder layers of a Llama of the given widths without its head,
-rows of 512 tokens, all linear layers adapted, AdamW. A step is forward, backward, optimizer. Variants take turns in
-every repeat; the fastest repeat counts, `spread` is how much slower the median was. LoRA's rank is the one that comes
-nearest to RandLoRA's trainable parameters. Memory is the peak of a fresh process per variant (VmHWM; on a GPU what
-torch allocates, in this process) above what it held when the model was loaded: adapters, gradients, optimizer and
-activations of two steps.
+rows of 512 tokens, all in one pass, all linear layers adapted, AdamW. A step is forward, backward, optimizer. Variants
+take turns in every repeat; the fastest repeat counts, `spread` is how much slower the median was. LoRA's rank is the
+one that comes nearest to RandLoRA's trainable parameters. Memory is the peak of a fresh process per variant (VmHWM; on
+a GPU what torch allocates, in this process) above what it held when the model was loaded: adapters, gradients,
+optimizer and activations of two steps.
 """
 
 import argparse
@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cpu_time and options.device == "cuda":
+        parser.error("--cpu-time: says nothing of a GPU")
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     if options.peak:
@@ -86,7 +88,7 @@ def compare(options: argparse.Namespace, dtype: str, tokens: int) -> None:
                 times[variant].append(clock() - started)
     trained = {variant: count for variant, (_, count) in made.items()}
     weights = sum(p.numel() * p.element_size() for p in base.model.layers.parameters())
-    del made, base, batch
+    del made, base, batch, step
     for variant, seconds in times.items():
         fastest = min(seconds)
         spread = f"{100 * (statistics.median(seconds) / fastest - 1):.0f}%"
@@ -147,7 +149,7 @@ def build(variant: str, base: LlamaForCausalLM, shape: str) -> tuple[Callable[..
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step(embeddings: torch.Tensor, gradient: torch.Tensor) -> None:
-        with sharing.step(methods, embeddings.shape[0] * ROW, 1):  # as the trainer does
+        with sharing.step(methods, embeddings.shape[0] * ROW, 1):  # as the trainer does for one pass
             model.model(inputs_embeds=embeddings).last_hidden_state.backward(gradient)
         optimizer.step()
         optimizer.zero_grad()

@@ -57,6 +57,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: with --threads 1")
     options = parser.parse_args()
+    if options.cpu_time and options.device == "cuda":
+        parser.error("--cpu-time: says nothing of a GPU")
+    if options.examples % options.batch or options.examples <= options.batch:
+        parser.error("--examples: a multiple of --batch, and more: the first batch is not counted")
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

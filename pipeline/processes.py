@@ -44,10 +44,12 @@ def joined() -> Generator[None]:
 
     cuda = torch.cuda.is_available()
     if cuda:
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= there:
+        # Every process refuses, so that none waits for another.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        here, there = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+        if here > there:
             remedy = "start no more than that, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
-            raise ConfigError(f"process {local + 1} on this machine, where torch sees {there} GPU(s): {remedy}")
+            raise ConfigError(f"{here} processes on this machine, where torch sees {there} GPU(s): {remedy}")
         torch.cuda.set_device(device())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     yield  # after an error nothing is said: the launcher ends the helpers

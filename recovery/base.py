@@ -83,17 +83,22 @@ class Tensors:
     trainable: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
-    rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # bases, and what `base` made of them
+    # What `base` made: of which tensor, at which version of it.
+    rounded: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     def base(self, name: str, kind: dtype) -> Tensor:
-        """A base in another dtype. It is kept: every layer asks for it in every pass."""
+        """A base in another dtype, kept until the base changes or moves: every layer asks for it in every pass."""
+        from torch import inference_mode
+
         exact = self.bases[name]
         if exact.dtype == kind:
             return exact
+        version = exact._version  # pyright: ignore[reportPrivateUsage]
         known = self.rounded.get(name)
-        if known is None or known[0] is not exact or known[1].dtype != kind:  # a base that moved is another tensor
-            known = self.rounded[name] = (exact, exact.to(kind))
-        return known[1]
+        if known is None or known[0] is not exact or known[1] != version or known[2].dtype != kind:
+            with inference_mode(False):  # what is rounded while scoring may be trained with
+                known = self.rounded[name] = (exact, version, exact.to(kind))
+        return known[2]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Registered(nn.ParameterDict):
         self.tensors.trainable = dict(self.items())
         self.tensors.kept = {name: getattr(self, f"kept_{name}") for name in self.tensors.kept}
         self.tensors.bases = {name: getattr(self, f"base_{name}") for name in self.tensors.bases}
+        self.tensors.rounded = {}
 
 
 class AdaptedLinear(nn.Module):

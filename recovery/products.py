@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 Gradients = Callable[[Tensor, Tensor], tuple[Tensor | None, ...]]
 Factors = Callable[[], tuple[Tensor, Tensor]]
-WIDE = 1024  # from which on `outer` gains by turning a factor (AMX, torch 2.13)
+WIDE = 1024  # from which on `transposed_product` gains by its copy (AMX, torch 2.13; docs/results.md)
 
 
 @cache
@@ -69,17 +69,17 @@ def between(x: Tensor, factors: Factors, wide: bool, gradients: Callable[[Tensor
     return _Between.apply(x, factors, wide, gradients, *parameters)  # type: ignore[no-any-return]
 
 
-def outer(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [out, in] of dy [tokens, out] and x [tokens, in]: what a weight's gradient is.
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right [m, n] of left [rows, m] and right [rows, n], as in a weight's gradient dy^T x.
 
-    With bfloat16 and a wide side a CPU takes up to twice as long when its left factor is a transposed view, so the
-    narrower factor is turned before.
+    With AMX bfloat16 takes up to 2.3 times as long when the left factor is a transposed view and a side is wide, so the
+    narrower factor is copied in transposed order first.
     """
-    if dy.device.type != "cpu" or dy.dtype != torch.bfloat16 or max(dy.shape[1], x.shape[1]) < WIDE:
-        return dy.T @ x
-    if dy.shape[1] <= x.shape[1]:
-        return dy.T.contiguous() @ x
-    return (x.T.contiguous() @ dy).T
+    if left.device.type != "cpu" or left.dtype != torch.bfloat16 or max(left.shape[1], right.shape[1]) < WIDE:
+        return left.T @ right
+    if left.shape[1] <= right.shape[1]:
+        return left.T.contiguous() @ right
+    return (right.T.contiguous() @ left).T
 
 
 def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -163,5 +163,5 @@ class _Between(Function):
         d_inner = _product(rows, down if ctx.wide else up.T)
         if ctx.needs_input_grad[0]:
             dx = _product(d_inner, up if ctx.wide else down.T).to(dtype).view(shape)
-        gradient = met.T @ rows if ctx.wide else d_inner.T @ _rows(met)
+        gradient = transposed_product(met, rows) if ctx.wide else transposed_product(d_inner, _rows(met))
         return dx, None, None, None, *ctx.gradients(gradient)

@@ -110,7 +110,7 @@ def test_scores_are_hflms_on_the_cpu(tiny_model: LlamaForCausalLM, tiny_tokenize
     assert found == pytest.approx(plain, rel=1e-5)
 
 
-def test_adapters_and_checkpoints_move_between_devices(
+def test_an_adapter_trained_there_computes_the_same_here(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model, _ = trained(tiny_model, tiny_tokenizer, settings("randlora"), tmp_path, "cuda")

@@ -92,7 +92,7 @@ class Method(Adapter[Config]):
         self.collects, self.collected = False, cast("Tensor | None", None)  # the merged weight's gradient, float32
         self.collected_in: dtype | None = None  # what its products were computed in
         self._formed: tuple[Any, Tensor, Tensor, Tensor] | None = None  # W's place, lambda, gamma, W + dW
-        self.current = False  # was W + dW formed in the step we are in?
+        self.formed_in_step = False  # W + dW, in the step we are in
         base = shared.bases["A"]
         self.trainable["lambda"] = base.new_zeros(self.count, self.rank)
         self.trainable["gamma"] = base.new_full((self.count, self.smaller), 1 / max(self.count, self.smaller))
@@ -126,6 +126,7 @@ class Method(Adapter[Config]):
         """[dmax, n rank] and s times [n rank, dmin]: the delta is their product."""
         # down[b, r, j] = lambda[b, r] * A[r, j] * gamma[b, j]
         down = (self.scale() * scales)[:, :, None] * self._down()
+        # In place where autograd does not look: one tensor of the weight's size less.
         down = down * gamma[:, None, :] if down.requires_grad else down.mul_(gamma[:, None, :])
         if self.config.pairing == "peft":
             down = down.transpose(0, 1)
@@ -163,14 +164,15 @@ class Method(Adapter[Config]):
     def step(cls, layers: Mapping[str, Adapter[Any]], tokens: int, passes: int) -> Generator[None]:
         methods = cast("Mapping[str, Method]", layers).values()
         for method in methods:
-            method.step_tokens, method.collects, method.current = tokens, passes > 1, False
+            method.step_tokens, method.collects, method.formed_in_step = tokens, passes > 1, False
         try:
             yield
             for method in methods:
                 method._settle()
         finally:
             for method in methods:
-                method.step_tokens, method.collects, method.collected, method.current = None, False, None, False
+                method.step_tokens, method.collected = None, None
+                method.collects = method.formed_in_step = False
 
     def _merges(self, x: Tensor, weight: Tensor) -> bool:
         """Is the merged weight the cheaper way? What was computed before plays no part: a resumed run goes the same."""
@@ -197,7 +199,8 @@ class Method(Adapter[Config]):
         # versions of tensors do not see what is written through `.data`.
         if known is not None and known[0] == place:
             stepping = self.step_tokens is not None
-            if self.current if stepping else known[1].equal(scales) and known[2].equal(gamma):
+            same = self.formed_in_step if stepping else known[1].equal(scales) and known[2].equal(gamma)
+            if same:
                 return known[3]
         self._formed = known = None  # the old one goes before the new one comes
         with inference_mode(False):  # what is formed while scoring may be trained with
@@ -205,29 +208,29 @@ class Method(Adapter[Config]):
             frozen = weight.detach().to(up.dtype)
             formed = frozen.addmm(down.T, up.T) if self.wide else frozen.addmm(up, down)
             self._formed = (place, scales.clone(), gamma.clone(), formed.to(weight.dtype))
-            self.current = self.step_tokens is not None
+            self.formed_in_step = self.step_tokens is not None
         return self._formed[3]
 
     def _gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of lambda and gamma, from dy [tokens, out] and x [tokens, in]; None while they are collected."""
-        from recovery.products import outer
+        from recovery.products import transposed_product
 
         if not self.collects:
-            return self._reduced(outer(dy, x))
+            return self._reduced(transposed_product(dy, x))
         if self.collected is None:
             # In float32: 16 bits would lose what later micro-batches add.
-            self.collected, self.collected_in = outer(dy, x).float(), dy.dtype
+            self.collected, self.collected_in = transposed_product(dy, x).float(), dy.dtype
         elif dy.dtype == self.collected.dtype:
             self.collected.addmm_(dy.T, x)
         else:
-            self.collected += outer(dy, x)
+            self.collected += transposed_product(dy, x)
         return None, None
 
     def _reduced(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """From the merged weight's gradient [out, in] to those of lambda [n, rank] and gamma [n, dmin], float32."""
-        from recovery.products import outer
+        from recovery.products import transposed_product
 
-        return self._of_down(outer(self._up(gradient.dtype), gradient.T if self.wide else gradient))
+        return self._of_down(transposed_product(self._up(gradient.dtype), gradient.T if self.wide else gradient))
 
     def _of_down(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the factor with lambda and gamma in it [n rank, dmin] to theirs."""

@@ -103,12 +103,12 @@ def test_two_processes_train_what_one_does(launcher: str, override: str, config:
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with (
-        pytest.raises(ConfigError, match=r"process 2 on this machine, where torch sees 1 GPU\(s\): start no more"),
+        pytest.raises(ConfigError, match=r"2 processes on this machine, where torch sees 1 GPU\(s\): start no more"),
         processes.joined(),
     ):
         pass

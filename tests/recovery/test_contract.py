@@ -68,7 +68,7 @@ def test_forward_is_linear_with_weight_plus_delta(options: dict[str, Any], bias:
         for tokens in (3, 60):  # randlora multiplies in another order when there are many
             x = torch.randn(2, tokens, linear.in_features, generator=generator)
             expected = nn.functional.linear(x, linear.weight + module.delta(), linear.bias)
-            torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=3e-5)
+            torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=3e-5)  # 1.3e-5 beside an H100
             assert (expected - linear(x)).abs().max() > 1e-3
 
 

@@ -176,6 +176,20 @@ def test_merged_weight_is_formed_once_and_never_stale(tiny_model: LlamaForCausal
     check(1)
 
 
+def test_a_rounded_base_follows_its_base() -> None:
+    module = built("paper", (48, 32), torch.bfloat16)
+    shared = module.shared.tensors
+    first = shared.base("B", torch.bfloat16)
+    assert first is shared.base("B", torch.bfloat16)
+    assert torch.equal(first, shared.bases["B"].bfloat16())
+    shared.bases["B"].mul_(1.1)  # as reading PEFT's files does
+    assert torch.equal(shared.base("B", torch.bfloat16), shared.bases["B"].bfloat16())
+    assert shared.base("B", torch.float16).dtype == torch.float16
+    module.double()
+    assert not shared.rounded
+    assert torch.equal(shared.base("B", torch.bfloat16), shared.bases["B"].bfloat16())
+
+
 def test_few_tokens_dropout_and_sharded_weights_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     module = built("paper", (32, 32))
     assert type(module(normal(16, 32)).grad_fn).__name__ != "_MergedBackward"  # 2 * 32 * 32 / (4 * 32) = 16 tokens
@@ -215,17 +229,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: LlamaForCau
             parameter.grad = None
 
 
-@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("shape", [(64, 16, 1100), (64, 1100, 16), (64, 1100, 1200), (8, 16, 24)])  # tokens, out, in
 @pytest.mark.parametrize(("dtype", "part"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-6)])
-def test_outer_is_a_weights_gradient(shape: tuple[int, int, int], dtype: torch.dtype, part: float) -> None:
+def test_a_product_with_a_transposed_factor(shape: tuple[int, int, int], dtype: torch.dtype, part: float) -> None:
     tokens, outputs, inputs = shape
     dy, x = normal(tokens, outputs).to(dtype), normal(tokens, inputs, seed=1).to(dtype)
-    found = products.outer(dy, x)
+    found = products.transposed_product(dy, x)
     assert found.dtype == dtype
     close(found, (dy.double().T @ x.double()).float(), part)
 
 
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_and_low_rank(bias: bool) -> None:
     for dtype, part in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
