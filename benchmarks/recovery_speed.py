@@ -5,9 +5,8 @@
 MODEL is a folder; DATA one with SUITE/train.jsonl for the suites below, in lm-eval's schemas. Both sides train LoRA
 (rank 8, all linear layers) on the answers of the same shuffled questions. PEFT's side is what one writes by hand:
 batches of `--batch`, padded to their longest, loss -100 on prompts, AdamW. Ours are packed rows of `--row` tokens, one
-a step. A token is
-useful when it is no padding. Sides take turns, each with a part of the data that both see; both models live in this
-process. Counted is the time of training steps, first batch left out: no loading, no tokenizing.
+a step. A token is useful when it is no padding. Sides take turns, each with a part of the data that both see; both
+models live in this process. Counted is the time of training steps, first batch left out: no loading, no tokenizing.
 """
 
 import argparse
