@@ -12,11 +12,11 @@ import argparse
 import copy
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
@@ -114,9 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data or options.config):
         parser.error("--data or --config: one of them is needed")
-    if options.clock == "cpu" and options.device == "cuda":
-        parser.error("--clock cpu: says nothing of a GPU")
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    clock = timing.clock(options.device, options.clock == "cpu")
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
@@ -134,7 +132,7 @@ def main() -> None:
     totals = {"ours": 0.0, "HFLM": 0.0}
     costs = [0, 0]
     furthest: tuple[float, Any, float, float] = (-1.0, None, 0.0, 0.0)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    where = timing.place(options.device, options.threads)
     print(f"{options.limit} items a suite, {options.dtype}, {where}, {options.repeats} repeats\n")
     print("| suite | requests | " + " | ".join(everyone) + " | times faster | by arithmetic | largest difference |")
     print("|---|" + "---:|" * (len(everyone) + 4))

@@ -11,11 +11,11 @@ a GPU, weights included (on a CPU nothing is counted: 0). PEFT's LoRA goes throu
 import argparse
 import copy
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
 import peft
+import timing
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, logging
 
@@ -67,7 +67,7 @@ def main() -> None:
     with device:
         model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[options.shape], use_cache=False)).eval()
     torch.set_default_dtype(torch.float32)
-    print(f"{options.shape}, torch {torch.__version__}, {_name(device)}\n")
+    print(f"{options.shape}, torch {torch.__version__}, {timing.place(options.device, torch.get_num_threads())}\n")
     print("| | seconds | peak, GB | |\n|---|---:|---:|---|")
     print(f"| weights | | {_allocated(device) / 1e9:.1f} | {model.num_parameters() / 1e9:.2f}B parameters |")
 
@@ -135,23 +135,17 @@ def _loss(model: Any, row: Row, ours: bool) -> torch.Tensor:
 def measured(device: torch.device, work: Callable[[], Any]) -> tuple[float, int, Any]:
     """Seconds, peak bytes and what came of some work."""
     gc.collect()
+    clock = timing.clock(device.type, cpu_time=False)
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    started = clock()
     result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     return seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, result
 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

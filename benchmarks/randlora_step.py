@@ -18,12 +18,12 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
+import timing
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, logging
 
@@ -53,14 +53,13 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cpu_time and options.device == "cuda":
-        parser.error("--cpu-time: says nothing of a GPU")
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     if options.peak:
         print(json.dumps(peak(options.peak, options.shape, options.dtypes[0], options.tokens[0])))
         return
-    print(f"{options.shape}, {LAYERS[options.shape]} layers, {_where(options)}, torch {torch.__version__}\n")
+    where = timing.place(options.device, options.threads)
+    print(f"{options.shape}, {LAYERS[options.shape]} layers, {where}, torch {torch.__version__}\n")
     print("| dtype | tokens | variant | trained | fastest step, s | spread | ours is faster by | peak, MB |")
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     for dtype in options.dtypes:
@@ -74,12 +73,7 @@ def compare(options: argparse.Namespace, dtype: str, tokens: int) -> None:
     made = {variant: build(variant, base, options.shape) for variant in options.variants}
     batch = batch_of(base, tokens)
     times: dict[str, list[float]] = {variant: [] for variant in made}
-
-    def clock() -> float:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.process_time() if options.cpu_time else time.perf_counter()
-
+    clock = timing.clock(options.device, options.cpu_time)
     for repeat in range(options.repeats + 1):
         for variant, (step, _) in made.items():
             started = clock()
@@ -97,10 +91,6 @@ def compare(options: argparse.Namespace, dtype: str, tokens: int) -> None:
         cells = (dtype, tokens, variant, f"{trained[variant]:,}", f"{fastest:.4g}", spread, ratio, found)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"| {dtype} | {tokens} | one copy of the weights | | | | | {weights / 1e6:.0f} |", flush=True)
-
-
-def _where(options: argparse.Namespace) -> str:
-    return torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
 
 
 def model_of(shape: str, dtype: str, device: str = "cpu") -> LlamaForCausalLM:

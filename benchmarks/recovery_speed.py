@@ -13,11 +13,11 @@ import argparse
 import random
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import peft
+import timing
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -56,19 +56,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: with --threads 1")
     options = parser.parse_args()
-    if options.cpu_time and options.device == "cuda":
-        parser.error("--cpu-time: says nothing of a GPU")
     if options.examples % options.batch or options.examples <= options.batch:
         parser.error("--examples: a multiple of --batch, and more: the first batch is not counted")
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    def clock() -> float:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.process_time() if options.cpu_time else time.perf_counter()
-
+    clock = timing.clock(options.device, options.cpu_time)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     parts = examples(options.data, tokenizer, options.repeats, options.examples)
     lengths = [len(tokens.ids) for part in parts for tokens in part]
@@ -76,8 +69,7 @@ def main() -> None:
     print(
         f"{len(lengths)} examples, mean length {statistics.mean(lengths):.1f}, {learned / sum(lengths):.1%} labelled,"
     )
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
-    print(f"{where}, torch {torch.__version__}, peft {peft.__version__}\n")
+    print(f"{timing.place(options.device, options.threads)}, torch {torch.__version__}, peft {peft.__version__}\n")
     print("| dtype | side | useful tokens/s, fastest | slowest | ours is faster by |")
     print("|---|---|---:|---:|---:|")
     for dtype in options.dtypes:

@@ -83,8 +83,7 @@ class Tensors:
     trainable: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
-    # What `base` made: of which tensor, at which version of it.
-    rounded: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    rounded: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # what `base` made, of which version of a base
 
     def base(self, name: str, kind: dtype) -> Tensor:
         """A base in another dtype, kept until the base changes or moves: every layer asks for it in every pass."""
@@ -95,10 +94,10 @@ class Tensors:
             return exact
         version = exact._version  # pyright: ignore[reportPrivateUsage]
         known = self.rounded.get(name)
-        if known is None or known[0] is not exact or known[1] != version or known[2].dtype != kind:
+        if known is None or known[0] != version or known[1].dtype != kind:
             with inference_mode(False):  # what is rounded while scoring may be trained with
-                known = self.rounded[name] = (exact, version, exact.to(kind))
-        return known[2]
+                known = self.rounded[name] = (version, exact.to(kind))
+        return known[1]
 
 
 @dataclass(frozen=True)

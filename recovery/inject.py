@@ -46,7 +46,7 @@ class Registered(nn.ParameterDict):
         self.tensors.trainable = dict(self.items())
         self.tensors.kept = {name: getattr(self, f"kept_{name}") for name in self.tensors.kept}
         self.tensors.bases = {name: getattr(self, f"base_{name}") for name in self.tensors.bases}
-        self.tensors.rounded = {}
+        self.tensors.rounded = {}  # of bases that are other tensors now
 
 
 class AdaptedLinear(nn.Module):

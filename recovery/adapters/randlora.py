@@ -125,9 +125,7 @@ class Method(Adapter[Config]):
     def _factors(self, scales: Tensor, gamma: Tensor, kind: dtype) -> tuple[Tensor, Tensor]:
         """[dmax, n rank] and s times [n rank, dmin]: the delta is their product."""
         # down[b, r, j] = lambda[b, r] * A[r, j] * gamma[b, j]
-        down = (self.scale() * scales)[:, :, None] * self._down()
-        # In place where autograd does not look: one tensor of the weight's size less.
-        down = down * gamma[:, None, :] if down.requires_grad else down.mul_(gamma[:, None, :])
+        down = (self.scale() * scales)[:, :, None] * self._down() * gamma[:, None, :]
         if self.config.pairing == "peft":
             down = down.transpose(0, 1)
         return self._up(kind), down.flatten(0, 1).to(kind)
